@@ -1,0 +1,3 @@
+"""acctd: the accounting agent of a batch worker node. Start at ARCHITECTURE.md."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,86 @@
+"""Every number that acctd publishes, declared once: name, unit, kind, help, and its ClassAd attribute.
+
+Collectors emit readings under these metrics and nothing else; exporters and docs/metrics.md derive their names from
+here. Pure data, floor 0. Integers all the way: an exporter scales at the edge, nothing before it rounds.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "peak"]
+"""counter: only grows. gauge: what is now. peak: the highest value seen; the meter keeps the maximum."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Metric:
+    """One published number. Compared and hashed by identity: a metric is declared once and a tick hashes thousands.
+
+    `classad` is HTCondor's attribute where there is one; `scale` divides the integer into the attribute's unit.
+    """
+
+    name: str
+    unit: str
+    kind: Kind
+    help: str
+    classad: str | None = None
+    scale: int = 1
+
+
+# A reading's key: the metric, and the device or rule it belongs to ("" where there is only one).
+Key = tuple[Metric, str]
+Readings = dict[Key, int]
+
+
+# Memory: kinds apart, never blended. Kernel docs: admin-guide/cgroup-v1/memory.rst, admin-guide/cgroup-v2.rst.
+MEMORY_ANON = Metric("memory_anon", "bytes", "gauge", "anonymous memory: heap, stack, private mappings")
+MEMORY_SHMEM = Metric("memory_shmem", "bytes", "gauge", "shared memory and tmpfs")
+MEMORY_FILE = Metric("memory_file", "bytes", "gauge", "page cache of files, without shared memory")
+MEMORY_KERNEL = Metric("memory_kernel", "bytes", "gauge", "kernel memory charged to the job")
+MEMORY_SWAP = Metric("memory_swap", "bytes", "gauge", "swapped-out memory")
+MEMORY_RESIDENT = Metric("memory_resident", "bytes", "gauge", "anonymous and shared memory together")
+MEMORY_ANON_PEAK = Metric("memory_anon_peak", "bytes", "peak", "highest sampled memory_anon")
+MEMORY_SHMEM_PEAK = Metric("memory_shmem_peak", "bytes", "peak", "highest sampled memory_shmem")
+MEMORY_FILE_PEAK = Metric("memory_file_peak", "bytes", "peak", "highest sampled memory_file")
+MEMORY_RESIDENT_PEAK = Metric(
+    "memory_resident_peak", "bytes", "peak", "highest sampled memory_resident", classad="ResidentSetSize", scale=1024
+)
+MEMORY_PEAK = Metric(
+    "memory_peak", "bytes", "peak", "the kernel's own peak of all charged memory, page cache included"
+)
+MEMORY_FAILCNT = Metric("memory_failcnt", "events", "counter", "times the memory limit was hit")
+MEMORY_OOM_KILLS = Metric("memory_oom_kills", "events", "counter", "processes the kernel killed for want of memory")
+
+# CPU. Kernel docs: admin-guide/cgroup-v1/cpuacct.rst, scheduler/sched-bwc.rst.
+CPU_USER = Metric("cpu_user", "ns", "counter", "CPU time in user mode", classad="RemoteUserCpu", scale=10**9)
+CPU_SYSTEM = Metric("cpu_system", "ns", "counter", "CPU time in the kernel", classad="RemoteSysCpu", scale=10**9)
+CPU_PERIODS = Metric("cpu_periods", "periods", "counter", "quota periods in which the job wanted to run")
+CPU_THROTTLED_PERIODS = Metric(
+    "cpu_throttled_periods", "periods", "counter", "quota periods in which the job was stopped"
+)
+CPU_THROTTLED = Metric("cpu_throttled", "ns", "counter", "time the job was stopped by its quota")
+
+# Block I/O, labelled by device "major:minor". Kernel docs: admin-guide/cgroup-v1/blkio-controller.rst.
+BLOCK_READ_BYTES = Metric("block_read", "bytes", "counter", "bytes read from a device")
+BLOCK_WRITE_BYTES = Metric("block_write", "bytes", "counter", "bytes written to a device")
+BLOCK_READS = Metric("block_reads", "operations", "counter", "reads from a device")
+BLOCK_WRITES = Metric("block_writes", "operations", "counter", "writes to a device")
+BLOCK_DISCARD_BYTES = Metric("block_discard", "bytes", "counter", "bytes discarded on a device")
+
+# Processes. Kernel docs: admin-guide/cgroup-v1/pids.rst.
+PIDS = Metric("pids", "tasks", "gauge", "processes and threads now", classad="NumPids")
+PIDS_PEAK = Metric("pids_peak", "tasks", "peak", "highest number of processes and threads")
+PIDS_REFUSED = Metric("pids_refused", "events", "counter", "forks refused by the pids limit")
+
+# Pressure stall information. Kernel docs: accounting/psi.rst.
+CPU_STALL = Metric("cpu_stall", "us", "counter", "time in which some task of the job waited for a CPU")
+IO_STALL = Metric("io_stall", "us", "counter", "time in which some task of the job waited for I/O")
+MEMORY_STALL = Metric("memory_stall", "us", "counter", "time in which some task of the job waited for memory")
+IO_STALL_FULL = Metric("io_stall_full", "us", "counter", "time in which all tasks of the job waited for I/O")
+MEMORY_STALL_FULL = Metric("memory_stall_full", "us", "counter", "time in which all tasks waited for memory")
+
+# Network, labelled by the chain's rule name (OutgoingInternal, ...). The ClassAd attribute is Network<RuleName>.
+NETWORK_BYTES = Metric("network", "bytes", "counter", "L3 bytes, IP headers included, by rule of the job's chain")
+NETWORK_PACKETS = Metric("network_packets", "packets", "counter", "packets (a GSO super-packet is one), by rule")
+
+CATALOGUE: tuple[Metric, ...] = tuple(value for value in globals().values() if isinstance(value, Metric))
+BY_NAME: dict[str, Metric] = {metric.name: metric for metric in CATALOGUE}
