@@ -44,9 +44,7 @@ MEMORY_FILE_PEAK = Metric("memory_file_peak", "bytes", "peak", "highest sampled 
 MEMORY_RESIDENT_PEAK = Metric(
     "memory_resident_peak", "bytes", "peak", "highest sampled memory_resident", classad="ResidentSetSize", scale=1024
 )
-MEMORY_PEAK = Metric(
-    "memory_peak", "bytes", "peak", "the kernel's own peak of all charged memory, page cache included"
-)
+MEMORY_PEAK = Metric("memory_peak", "bytes", "peak", "the kernel's own peak of all charged memory, page cache included")
 MEMORY_FAILCNT = Metric("memory_failcnt", "events", "counter", "times the memory limit was hit")
 MEMORY_OOM_KILLS = Metric("memory_oom_kills", "events", "counter", "processes the kernel killed for want of memory")
 

@@ -24,7 +24,9 @@ def checked_parts(path: str) -> tuple[str, ...]:
     parts = tuple(path.split("/"))
     for part in parts:
         if part in ("", ".", "..") or "\0" in part or "\n" in part or len(part.encode()) > 255:
-            raise UsageError(f"cgroup path {path!r}: {part!r} cannot be a directory name; use plain names joined by '/'")
+            raise UsageError(
+                f"cgroup path {path!r}: {part!r} cannot be a directory name; use plain names joined by '/'"
+            )
     return parts
 
 
@@ -162,7 +164,7 @@ class CgroupDir:
             raise _refusal("read the mark of", str(self.path), e) from e
 
     def remove(self) -> bool:
-        """Remove the directory; False if it was gone already or is busy (processes or children are still there)."""
+        """Remove the directory: True once it is gone, False while processes or children keep it busy."""
         try:
             os.rmdir(self.path)
         except OSError as e:

@@ -1,0 +1,63 @@
+"""What a netfilter back end must do for a job's chain; iptables.py and nftables.py are the two that do it.
+
+The contract of both: a job's whole chain appears and disappears in one transaction per table; no packet walks a linear
+list of jobs; what foreign programs put into netfilter is neither read as ours nor changed; when the last chain goes, so
+does everything else the back end made. All calls act on the network namespace of the calling thread and are safe
+against other acctd processes of the same node (`Chains.locked`).
+"""
+
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+from typing import NamedTuple, Protocol
+
+from acctd.model import DestinationClass
+
+PREFIX = "ac"
+"""Every outer end of a pipe is named ac<hex>: what the dispatch matches on, and the mark of a link that is ours."""
+
+
+class Count(NamedTuple):
+    """One counting rule's L3 bytes (IP headers included) and packets (a GSO super-packet is one)."""
+
+    bytes: int
+    packets: int
+
+
+Counts = dict[str, Count]
+"""Rule name -> count, IPv4 and IPv6 summed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChainPlan:
+    """What one job's chain is made from."""
+
+    chain: str  # see model.chain_name
+    ifname: str  # outer end of the pipe
+    classes: tuple[DestinationClass, ...]
+    ipv6: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """The networks whose traffic is masqueraded on its way out. `v6` is None on a host without IPv6."""
+
+    v4: IPv4Network
+    v6: IPv6Network | None
+
+
+class Chains(Protocol):
+    """One back end, bound to the network namespace of the thread that made it."""
+
+    name: str
+
+    def add(self, plan: ChainPlan) -> None:
+        """Make the chain and its dispatch, and the shared parts if it is the first. An old chain of that name goes."""
+
+    def remove(self, plan: ChainPlan) -> None:
+        """Remove chain and dispatch, and the shared parts if it was the last. Nothing there is fine."""
+
+    def read(self) -> dict[str, Counts]:
+        """All chains' counts in one dump. A chain that vanished is absent."""
+
+    def close(self) -> None:
+        """Give descriptors back; chains stay."""
