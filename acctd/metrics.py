@@ -15,7 +15,8 @@ Kind = Literal["counter", "gauge", "peak"]
 class Metric:
     """One published number. Compared and hashed by identity: a metric is declared once and a tick hashes thousands.
 
-    `classad` is HTCondor's attribute where there is one; `scale` divides the integer into the attribute's unit.
+    `classad` is HTCondor's attribute where there is one; `scale` divides the integer into the attribute's unit: bytes
+    into whole KiB, rounded up, and ns into real seconds. A number labelled by rule has the rule's name appended.
     """
 
     name: str
@@ -24,6 +25,16 @@ class Metric:
     help: str
     classad: str | None = None
     scale: int = 1
+
+    @property
+    def attribute(self) -> str:
+        """The ClassAd attribute: HTCondor's, else Acctd and the name in CamelCase, in the metric's own unit."""
+        return self.classad or "Acctd" + camel(self.name)
+
+
+def camel(name: str) -> str:
+    """memory_soft -> MemorySoft, as ClassAd attributes are written."""
+    return "".join(part.capitalize() for part in name.split("_"))
 
 
 # A reading's key: the metric, and the device or rule it belongs to ("" where there is only one).
@@ -44,7 +55,14 @@ MEMORY_FILE_PEAK = Metric("memory_file_peak", "bytes", "peak", "highest sampled 
 MEMORY_RESIDENT_PEAK = Metric(
     "memory_resident_peak", "bytes", "peak", "highest sampled memory_resident", classad="ResidentSetSize", scale=1024
 )
-MEMORY_PEAK = Metric("memory_peak", "bytes", "peak", "the kernel's own peak of all charged memory, page cache included")
+MEMORY_PEAK = Metric(
+    "memory_peak",
+    "bytes",
+    "peak",
+    "the kernel's own peak of all charged memory, page cache included",
+    classad="ImageSize",
+    scale=1024,
+)
 MEMORY_FAILCNT = Metric("memory_failcnt", "events", "counter", "times the memory limit was hit")
 MEMORY_OOM_KILLS = Metric("memory_oom_kills", "events", "counter", "processes the kernel killed for want of memory")
 
@@ -58,15 +76,19 @@ CPU_THROTTLED_PERIODS = Metric(
 CPU_THROTTLED = Metric("cpu_throttled", "ns", "counter", "time the job was stopped by its quota")
 
 # Block I/O, labelled by device "major:minor". Kernel docs: admin-guide/cgroup-v1/blkio-controller.rst.
-BLOCK_READ_BYTES = Metric("block_read", "bytes", "counter", "bytes read from a device")
-BLOCK_WRITE_BYTES = Metric("block_write", "bytes", "counter", "bytes written to a device")
-BLOCK_READS = Metric("block_reads", "operations", "counter", "reads from a device")
-BLOCK_WRITES = Metric("block_writes", "operations", "counter", "writes to a device")
+BLOCK_READ_BYTES = Metric(
+    "block_read", "bytes", "counter", "bytes read from a device", classad="BlockReadKbytes", scale=1024
+)
+BLOCK_WRITE_BYTES = Metric(
+    "block_write", "bytes", "counter", "bytes written to a device", classad="BlockWriteKbytes", scale=1024
+)
+BLOCK_READS = Metric("block_reads", "operations", "counter", "reads from a device", classad="BlockReads")
+BLOCK_WRITES = Metric("block_writes", "operations", "counter", "writes to a device", classad="BlockWrites")
 BLOCK_DISCARD_BYTES = Metric("block_discard", "bytes", "counter", "bytes discarded on a device")
 
 # Processes. Kernel docs: admin-guide/cgroup-v1/pids.rst.
-PIDS = Metric("pids", "tasks", "gauge", "processes and threads now", classad="NumPids")
-PIDS_PEAK = Metric("pids_peak", "tasks", "peak", "highest number of processes and threads")
+PIDS = Metric("pids", "tasks", "gauge", "processes and threads now")
+PIDS_PEAK = Metric("pids_peak", "tasks", "peak", "highest number of processes and threads", classad="NumPids")
 PIDS_REFUSED = Metric("pids_refused", "events", "counter", "forks refused by the pids limit")
 
 # Pressure stall information. Kernel docs: accounting/psi.rst.
@@ -77,7 +99,9 @@ IO_STALL_FULL = Metric("io_stall_full", "us", "counter", "time in which all task
 MEMORY_STALL_FULL = Metric("memory_stall_full", "us", "counter", "time in which all tasks waited for memory")
 
 # Network, labelled by the chain's rule name (OutgoingInternal, ...). The ClassAd attribute is Network<RuleName>.
-NETWORK_BYTES = Metric("network", "bytes", "counter", "L3 bytes, IP headers included, by rule of the job's chain")
+NETWORK_BYTES = Metric(
+    "network", "bytes", "counter", "L3 bytes, IP headers included, by rule of the job's chain", classad="Network"
+)
 NETWORK_PACKETS = Metric("network_packets", "packets", "counter", "packets (a GSO super-packet is one), by rule")
 
 CATALOGUE: tuple[Metric, ...] = tuple(value for value in globals().values() if isinstance(value, Metric))

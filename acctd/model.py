@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_network
+from itertools import pairwise
 from typing import Literal
 
 from acctd.errors import UsageError
@@ -162,7 +163,7 @@ def check_class(cls: DestinationClass) -> DestinationClass:
         ordered = sorted(
             (n for n in cls.networks if n.version == version), key=lambda n: (int(n.network_address), n.prefixlen)
         )
-        for outer, inner in zip(ordered, ordered[1:], strict=False):
+        for outer, inner in pairwise(ordered):
             if int(inner.network_address) <= int(outer.broadcast_address):
                 raise UsageError(f"class {cls.name} overlaps itself: {inner} lies inside {outer}; drop one of them")
     return cls
@@ -188,7 +189,7 @@ def parse_size(name: str, text: str) -> int:
     if not match:
         raise UsageError(f"{name} {text!r} is no size; write it like 512M or 2G")
     number, unit = match.groups()
-    factor = 1024 ** " KMGTP".index(unit.upper() or " ")
+    factor: int = 1024 ** " KMGTP".index(unit.upper() or " ")
     whole, _, fraction = number.partition(".")
     size = int(whole) * factor + (int(fraction) * factor // 10 ** len(fraction) if fraction else 0)
     if size > INT64_MAX:

@@ -56,8 +56,11 @@ class Chains(Protocol):
     def remove(self, plan: ChainPlan) -> None:
         """Remove chain and dispatch, and the shared parts if it was the last. Nothing there is fine."""
 
-    def read(self) -> dict[str, Counts]:
-        """All chains' counts in one dump. A chain that vanished is absent."""
+    def read(self, chain: str | None = None) -> dict[str, Counts]:
+        """All chains' counts in one dump, or at least those of one chain, where the kernel can tell it apart for less.
+
+        A chain that vanished is absent.
+        """
 
     def close(self) -> None:
         """Give descriptors back; chains stay."""

@@ -1,0 +1,42 @@
+# Every target sets up what it needs by itself, as root on Debian 12 or RHEL 9.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint unit bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(READY) ## install system packages and a virtual environment with acctd in it
+
+$(READY): pyproject.toml constraints.txt tools/system-packages
+	tools/system-packages
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(READY) ## run a job that uses memory, CPU, disk and network, and show its account
+	$(RUN) -m lab.demo
+
+test: lint ## lint, types, and every test lane
+	$(RUN) -m pytest
+
+lint: $(READY) ## formatter, linter and types
+	$(VENV)/bin/ruff format --check --quiet .
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/mypy
+
+unit: $(READY) ## the lane that needs neither root nor a kernel
+	$(RUN) -m pytest tests/unit
+
+bench: $(READY) ## all benchmarks; their tables belong into docs/performance.md
+	$(RUN) -m bench.lifecycle
+	$(RUN) -m bench.poll
+	$(RUN) -m bench.chains
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

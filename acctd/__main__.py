@@ -1,0 +1,5 @@
+"""`python -m acctd`: the same as the `acctd` command."""
+
+from acctd.cli.main import main
+
+main()

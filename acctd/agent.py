@@ -1,0 +1,360 @@
+"""The composition root: the one place that knows cgroups, network, collectors, meter and ledger, and their order.
+
+A job is made, polled and finished here, step by step, with the intent in the ledger before the kernel is changed. What
+is shown to a user, and how a command is started, is not this room's business.
+"""
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from acctd.cgroup.driver import JobCgroups, arm_block_counters
+from acctd.cgroup.layout import Layout, discover
+from acctd.config import Config
+from acctd.errors import AcctdError, KernelRefusedError, NotPermittedError
+from acctd.kernel import conntrack, procs
+from acctd.ledger import FILE, Ledger, OpenJob
+from acctd.meter import Meter
+from acctd.metrics import NETWORK_BYTES, NETWORK_PACKETS, Readings
+from acctd.model import JobSpec, Record, chain_name
+from acctd.network import host, pipe, pool
+from acctd.network.backend import ChainPlan, Chains, Counts, Pools
+from acctd.network.probe import choose
+from collectors.blkio import BlkioReader
+from collectors.cpu import CpuReader
+from collectors.memory import MemoryReader
+from collectors.pids import PidsReader
+from collectors.pressure import PressureReader
+
+Reader = BlkioReader | CpuReader | MemoryReader | PidsReader | PressureReader
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How and when the job's main process ended; all None where nobody saw it."""
+
+    exit_code: int | None = None
+    exit_signal: int | None = None
+    at: int | None = None  # CLOCK_BOOTTIME, ns
+
+    @classmethod
+    def now(cls, code: int) -> "Ending":
+        """An exit status, or -n after signal n, seen this moment."""
+        return cls(exit_code=code, at=boottime()) if code >= 0 else cls(exit_signal=-code, at=boottime())
+
+
+@dataclass(slots=True)
+class Job:
+    """A job that the agent holds: its row in the ledger, and what is open for it."""
+
+    row: OpenJob
+    cgroups: JobCgroups
+    lease: pool.Lease | None
+    namespace: int | None = None
+    meter: Meter = field(default_factory=Meter)
+    readers: list[Reader] = field(default_factory=list)
+    seen: list[Readings | None] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def spec(self) -> JobSpec:
+        return self.row.spec
+
+    def close(self) -> None:
+        """Give descriptors back. The job itself goes on."""
+        for reader in self.readers:
+            reader.close()
+        self.readers.clear()
+        if self.namespace is not None:
+            os.close(self.namespace)
+            self.namespace = None
+
+
+class Agent:
+    """One acctd process's hold on this node. Use as a context manager."""
+
+    def __init__(self, config: Config) -> None:
+        if os.geteuid() != 0:
+            raise NotPermittedError("acctd needs root to make cgroups and network namespaces; run as root or by sudo")
+        self.config = config
+        self._open = ExitStack()
+        self.ledger = self._open.enter_context(Ledger(config.state_dir / FILE))
+        self.layout: Layout = discover(config.cgroup.controllers)
+        self.pools = Pools(config.network.pool4, config.network.pool6 if host.has_ipv6() else None)
+        self._keeper = procs.identity(os.getpid())
+        self._boot_id = procs.boot_id()
+        self._chains: dict[str, Chains] = {}
+        self._armed: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for chains in self._chains.values():
+            chains.close()
+        self._open.close()
+
+    # Making a job
+
+    def create(self, spec: JobSpec) -> Job:
+        """Lease, cgroups, pipe and chain for a job; on failure nothing of it is left."""
+        nat = spec.network == "nat"
+        chains = self._backend(self.config.network.backend) if nat else None
+        row = self.ledger.open_job(
+            spec,
+            slots=pool.slots(self.pools) if nat else None,
+            backend=chains.name if chains else None,
+            boot_id=self._boot_id,
+            boot_ns=boottime(),
+            keeper=self._keeper,
+        )
+        job = self._hold(row)
+        try:
+            job.cgroups.create(spec.limits)
+            if nat:
+                self._lay_pipe(job)
+            elif spec.network == "none":
+                job.namespace = pipe.make_empty(self._netns(job))
+            self._count_block_io()
+            self._open_readers(job)
+        except BaseException:
+            self.abandon(job)
+            raise
+        return job
+
+    def begin(self, job: Job) -> None:
+        """The job's command runs from now on: from here its wall time counts, and it will have a record."""
+        job.row = replace(job.row, phase="running", boot_ns=boottime())
+        self.ledger.begin(job.row.seq, job.row.boot_ns)
+
+    def abandon(self, job: Job) -> None:
+        """Undo a job that never ran: no record, nothing left."""
+        if survivors := job.cgroups.kill():
+            raise KernelRefusedError(f"processes {_listed(survivors)} of job {job.spec.id} do not die on SIGKILL")
+        self._take_pipe(job)
+        self._dismantle(job)
+
+    # Reading
+
+    def poll(self, jobs: list[Job]) -> None:
+        """Read every job once and meter it: the counter files of each, and one dump of all chains of a back end."""
+        dumps: dict[str, dict[str, Counts]] = {}
+        for job in jobs:
+            self._read_files(job)
+            backend = job.row.backend
+            if backend is not None:
+                if backend not in dumps:
+                    dumps[backend] = self._backend(backend).read()
+                _feed_counts(job, dumps[backend].get(chain_name(job.spec.id), {}))
+
+    def store(self, job: Job) -> None:
+        """Put the totals so far into the ledger."""
+        self.ledger.store_totals(job.row.seq, *job.meter.state())
+
+    # Finishing
+
+    def finish(self, job: Job, ending: Ending) -> Record:
+        """End, read for the last time, sign off, dismantle: in this order, so that no byte is missed.
+
+        Processes that cannot be killed are named in the record's notes; their cgroups stay for recover() to remove.
+        """
+        if survivors := job.cgroups.kill():
+            job.notes.append(f"processes {_listed(survivors)} did not die on SIGKILL and are not fully accounted for")
+        self._take_pipe(job)
+        self._read_files(job)
+        if job.row.backend is not None:
+            chain = chain_name(job.spec.id)
+            _feed_counts(job, self._backend(job.row.backend).read(chain).get(chain, {}))
+        record = self._record(job, ending)
+        self.ledger.sign_off(job.row.seq, record)
+        self._dismantle(job)
+        return record
+
+    # Putting right what others left
+
+    def recover(self) -> list[Record]:
+        """Finish the jobs whose keeper died and whose processes are gone; undo half-made ones. Living jobs are let be.
+
+        Returns the records written. Trouble with one job does not keep another from being dealt with.
+        """
+        written: list[Record] = []
+        trouble: list[str] = []
+        for row in self.ledger.open_jobs():
+            if procs.is_alive(row.keeper) and row.boot_id == self._boot_id:
+                continue
+            try:
+                record = self._recover_one(row)
+                if record is not None:
+                    written.append(record)
+            except AcctdError as e:
+                trouble.append(f"job {row.spec.id}: {e}")
+        if trouble:
+            raise KernelRefusedError(f"could not clean up after earlier jobs: {'; '.join(trouble)}")
+        return written
+
+    def _recover_one(self, row: OpenJob) -> Record | None:
+        job = self._hold(row)
+        if row.phase != "closed" and row.boot_id == self._boot_id and job.cgroups.procs():
+            return None
+        if not self.ledger.claim(row, self._keeper):
+            return None
+        if row.phase == "making":
+            self.abandon(job)
+            return None
+        if row.phase == "closed":
+            self._take_pipe(job)
+            self._dismantle(job)
+            return None
+        if row.boot_id == self._boot_id:
+            self._open_readers(job)
+            job.notes.append("whoever watched this job died before it ended; its exit status is unknown")
+        else:
+            job.notes.append("the node rebooted while this job ran; the totals are the last ones stored")
+        return self.finish(job, Ending())
+
+    # Parts
+
+    def _hold(self, row: OpenJob) -> Job:
+        cgroups = JobCgroups(self.layout, self.config.cgroup.base, f"job_{row.spec.id}")
+        lease = pool.lease(self.pools, row.slot) if row.slot is not None else None
+        return Job(row, cgroups, lease, meter=Meter.restore(row.totals, row.kept))
+
+    def _backend(self, wanted: str) -> Chains:
+        if wanted not in self._chains:
+            chosen = choose(wanted, self.pools)
+            # "auto" and the name it led to are the same back end, and one object of it.
+            self._chains[wanted] = self._chains.setdefault(chosen.name, chosen)
+        return self._chains[wanted]
+
+    def _netns(self, job: Job) -> Path:
+        return self.config.runtime_dir / "netns" / job.spec.id
+
+    def _plan(self, job: Job) -> ChainPlan | None:
+        if job.lease is None:
+            return None
+        return ChainPlan(chain_name(job.spec.id), job.lease.ifname, job.spec.classes, job.lease.inner6 is not None)
+
+    def _lay_pipe(self, job: Job) -> None:
+        plan = self._plan(job)
+        if job.lease is None or plan is None or job.row.backend is None:
+            raise AcctdError(f"job {job.spec.id} has no lease")
+        host.enable_forwarding(ipv6=job.lease.inner6 is not None)
+        # The chain first: no packet of the job can pass uncounted.
+        with self._network_lock():
+            self._backend(job.row.backend).add(plan)
+        job.namespace = pipe.make(self._netns(job), job.lease)
+
+    def _take_pipe(self, job: Job) -> None:
+        if job.namespace is not None:
+            os.close(job.namespace)
+            job.namespace = None
+        pipe.remove(self._netns(job), job.lease.ifname if job.lease else None)
+
+    def _dismantle(self, job: Job) -> None:
+        """After the record: chain, connections, cgroups, and last the lease."""
+        job.close()
+        plan = self._plan(job)
+        if plan is not None and job.lease is not None and job.row.backend is not None:
+            with self._network_lock():
+                self._backend(job.row.backend).remove(plan)
+            conntrack.forget(job.lease.inner)
+        if not job.cgroups.remove():
+            raise KernelRefusedError(
+                f"the cgroups of job {job.spec.id} are still busy; the next acctd run on this node tries again"
+            )
+        self.ledger.forget(job.row.seq)
+
+    @contextmanager
+    def _network_lock(self) -> Iterator[None]:
+        """One acctd at a time changes the shared parts of the ruleset."""
+        path = self.config.runtime_dir / "network.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _count_block_io(self) -> None:
+        """Arm v1's block counters on disks that this process has not armed yet."""
+        disks = {d for d in procs.disks() if d not in self._armed}
+        if disks:
+            arm_block_counters(self.layout, self.config.cgroup.base, sorted(disks))
+            self._armed |= disks
+
+    def _open_readers(self, job: Job) -> None:
+        directory = job.cgroups.directory
+        if memory := directory("memory"):
+            job.readers.append(MemoryReader(memory))
+        cpuacct = directory("cpuacct")
+        if cpu := directory("cpu") or cpuacct:
+            job.readers.append(CpuReader(cpu=cpu, cpuacct=cpuacct or cpu))
+        if blkio := directory("blkio"):
+            job.readers.append(BlkioReader(blkio))
+        if pids := directory("pids"):
+            job.readers.append(PidsReader(pids))
+        if unified := job.cgroups.unified:
+            job.readers.append(PressureReader(unified))
+        job.seen = [None] * len(job.readers)
+
+    @staticmethod
+    def _read_files(job: Job) -> None:
+        seen, meter = job.seen, job.meter
+        for index, reader in enumerate(job.readers):
+            readings = reader.read()
+            # A reader gives the very same object when nothing changed: then there is nothing to add up.
+            if readings is not seen[index]:
+                seen[index] = readings
+                meter.feed(readings)
+
+    def _record(self, job: Job, ending: Ending) -> Record:
+        row = job.row
+        # After a reboot nobody knows when the job ended; the clock it began on is gone.
+        wall = (ending.at or boottime()) - row.boot_ns if row.boot_id == self._boot_id else 0
+        return Record(
+            id=row.spec.id,
+            owner=row.spec.owner.name,
+            uid=row.spec.owner.uid,
+            node=socket.gethostname(),
+            state="lost" if ending.at is None else "done",
+            started=row.created,
+            ended=time.time(),
+            wall_ns=wall,
+            exit_code=ending.exit_code,
+            exit_signal=ending.exit_signal,
+            network=row.spec.network,
+            limits=row.spec.limits,
+            tags=dict(row.spec.tags),
+            totals=job.meter.published(),
+            notes=tuple(job.notes),
+        )
+
+
+def with_default_classes(spec: JobSpec, config: Config) -> JobSpec:
+    """The configured classes, with those that the job names itself put in their place by name."""
+    own = {cls.name for cls in spec.classes}
+    return replace(spec, classes=(*spec.classes, *(cls for cls in config.network.classes if cls.name not in own)))
+
+
+def _feed_counts(job: Job, counts: Counts) -> None:
+    readings: Readings = {}
+    for rule, count in counts.items():
+        readings[NETWORK_BYTES, rule] = count.bytes
+        readings[NETWORK_PACKETS, rule] = count.packets
+    job.meter.feed(readings)
+
+
+def boottime() -> int:
+    """ns since boot, suspension included; no step of the wall clock touches it."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def _listed(pids: set[int]) -> str:
+    return ", ".join(map(str, sorted(pids)))

@@ -1,0 +1,179 @@
+"""`acctd run [options] -- COMMAND...`: like /usr/bin/time, for a whole job. Makes, watches and finishes one job.
+
+Turns options into a JobSpec, hands the terminal to the command, and says at the end what the job used. Exits as the
+command did: its status, or 128+n after signal n.
+"""
+
+import os
+import pwd
+from collections.abc import Mapping
+from dataclasses import fields, replace
+
+import click
+import msgspec
+
+from acctd import config as configuration
+from acctd import launch
+from acctd.agent import Agent, Ending, with_default_classes
+from acctd.cli.output import Output
+from acctd.cli.summary import summary
+from acctd.cli.supervise import LiveLine, Signals, supervise
+from acctd.errors import NotFoundError, UsageError
+from acctd.model import DestinationClass, JobSpec, Limits, NetworkMode, Owner, Record, parse_class, parse_size
+from acctd.network import resolver
+from exporters.classad import format_ad, record_ad
+
+
+@click.command("run", context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@click.option("--id", "job_id", metavar="ID", help="The job's id; a new one if not given.")
+@click.option("--user", metavar="USER", help="Run as this user (name or number); as the caller if not given.")
+@click.option("--memory", metavar="SIZE", help="Hard memory limit, like 2G.")
+@click.option("--memory-soft", metavar="SIZE", help="Soft memory limit: what the job keeps when the host runs short.")
+@click.option("--swap", metavar="SIZE", help="Swap the job may use beside its memory.")
+@click.option("--cpus", metavar="N", type=float, help="CPU quota in cores, like 1.5.")
+@click.option(
+    "--cpu-shares", metavar="N", type=int, help="Share of the CPUs under contention; 1024 is one ordinary job."
+)
+@click.option("--cpuset", metavar="LIST", help="CPUs the job may run on, like 0-3,8.")
+@click.option("--pids", metavar="N", type=int, help="Processes and threads at most.")
+@click.option("--network", type=click.Choice(["nat", "host", "none"]), help="A pipe of its own, the host's, or none.")
+@click.option("--internal", metavar="CIDR,...", multiple=True, help="Networks billed as Internal; may be repeated.")
+@click.option(
+    "--class", "classes", metavar="NAME=CIDR,...", multiple=True, help="One more destination class; may be repeated."
+)
+@click.option("--tag", "tags", metavar="KEY=VALUE", multiple=True, help="Kept in the record; may be repeated.")
+@click.option("--classad", metavar="FILE", help="Write the record as a ClassAd; - is standard output.")
+@click.option("--json", "json_path", metavar="FILE", help="Write the record as JSON; - is standard output.")
+@click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
+@click.option("-q", "--quiet", is_flag=True, help="No live line and no summary.")
+@click.argument("arguments", metavar="COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
+def command(
+    job_id: str | None,
+    user: str | None,
+    network: NetworkMode | None,
+    internal: tuple[str, ...],
+    classes: tuple[str, ...],
+    tags: tuple[str, ...],
+    classad: str | None,
+    json_path: str | None,
+    config_path: str | None,
+    quiet: bool,
+    arguments: tuple[str, ...],
+    **limits: str | float | None,
+) -> int:
+    """Run COMMAND as a job and account for all it does."""
+    config = configuration.load(config_path, os.environ)
+    owner, groups, environ = _owner(user)
+    spec = JobSpec(
+        # Checked in full here; without --id the ledger gives one, once everything else is known to be in order.
+        id=job_id if job_id is not None else "r0",
+        owner=owner,
+        limits=_limits(config.limits, limits),
+        network=network or config.network.mode,
+        classes=_classes(internal, classes),
+        tags=_tags(tags),
+    )
+    spec = with_default_classes(spec, config)
+    outputs = {form: Output(option, path) for option, form, path in _files(classad, json_path)}
+    # From here on signals are taken in order, one by one: none is lost, and none interrupts a half-made job.
+    with Signals() as signals, Agent(config) as agent:
+        recovery = agent.recover()
+        if job_id is None:
+            spec = replace(spec, id=agent.ledger.next_id())
+        record = _account(agent, spec, arguments, groups, environ, signals, quiet=quiet)
+    for form, output in outputs.items():
+        output.write(_formatted(form, record))
+    if not quiet:
+        for old in recovery:
+            click.echo(f"acctd: finished job {old.id}, whose acctd had died", err=True)
+        click.echo(f"acctd: {summary(record)}", err=True)
+    return 128 + record.exit_signal if record.exit_signal is not None else record.exit_code or 0
+
+
+def _account(
+    agent: Agent,
+    spec: JobSpec,
+    arguments: tuple[str, ...],
+    groups: list[int],
+    environ: Mapping[str, str],
+    signals: Signals,
+    *,
+    quiet: bool,
+) -> Record:
+    job = agent.create(spec)
+    # A job with a namespace has a loopback of its own, where the host's resolver does not listen.
+    servers = resolver.host_servers() if spec.network == "nat" else []
+    try:
+        with resolver.Relay(job.namespace if job.namespace is not None else -1, servers):
+            process = launch.start(job, arguments, groups=groups, environ=environ, blocked=signals.before)
+            agent.begin(job)
+            process.returncode = supervise(agent, job, process.pid, LiveLine(job) if not quiet else None)
+            ending = Ending.now(process.returncode)
+    except BaseException:
+        agent.abandon(job)
+        raise
+    return agent.finish(job, ending)
+
+
+def _owner(user: str | None) -> tuple[Owner, list[int], dict[str, str]]:
+    """Who runs the job, with which groups and which environment: that of a login for --user, else the caller's own."""
+    environ = dict(os.environ)
+    if user is None:
+        return _named(os.getuid(), os.getgid()), os.getgroups(), environ
+    try:
+        entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+    except (KeyError, OverflowError):
+        raise NotFoundError(f"user {user!r} does not exist on this host; name one that does") from None
+    environ |= {"HOME": entry.pw_dir, "SHELL": entry.pw_shell, "USER": entry.pw_name, "LOGNAME": entry.pw_name}
+    groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
+    return Owner(entry.pw_uid, entry.pw_gid, entry.pw_name), groups, environ
+
+
+def _named(uid: int, gid: int) -> Owner:
+    try:
+        return Owner(uid, gid, pwd.getpwuid(uid).pw_name)
+    except KeyError:
+        return Owner(uid, gid, str(uid))
+
+
+def _limits(defaults: Limits, options: Mapping[str, str | float | None]) -> Limits:
+    """The configured limits with those of the command line in their place."""
+    values: dict[str, object] = {field.name: getattr(defaults, field.name) for field in fields(Limits)}
+    for name, value in options.items():
+        if value is not None:
+            values[name] = parse_size(name, str(value)) if name in ("memory", "memory_soft", "swap") else value
+    return Limits(**values)  # type: ignore[arg-type]  # names and types are those of the options above
+
+
+def _classes(internal: tuple[str, ...], classes: tuple[str, ...]) -> tuple[DestinationClass, ...]:
+    given = [f"Internal={','.join(internal)}", *classes] if internal else list(classes)
+    parsed = []
+    for text in given:
+        name, equals, cidrs = text.partition("=")
+        if not equals:
+            raise UsageError(f"class {text!r} is not NAME=CIDR,...; write it like Campus=198.51.100.0/24")
+        parsed.append(parse_class(name, [cidr for cidr in cidrs.replace(",", " ").split() if cidr]))
+    return tuple(parsed)
+
+
+def _tags(tags: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in tags:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"tag {text!r} is not KEY=VALUE; write it like --tag Project=cms")
+        if key in found:
+            raise UsageError(f"tag {key} is given twice; keep one")
+        found[key] = value
+    return found
+
+
+def _files(classad: str | None, json_path: str | None) -> list[tuple[str, str, str]]:
+    wanted = (("--classad", "classad", classad), ("--json", "json", json_path))
+    return [(option, form, path) for option, form, path in wanted if path is not None]
+
+
+def _formatted(form: str, record: Record) -> str:
+    if form == "classad":
+        return format_ad(record_ad(record))
+    return msgspec.json.format(msgspec.json.encode(record), indent=2).decode() + "\n"

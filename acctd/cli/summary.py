@@ -1,0 +1,97 @@
+"""A record as a person reads it: a few lines, sizes in binary units beside exact bytes where money depends on them."""
+
+import signal
+
+from acctd.meter import State
+from acctd.model import Record
+
+
+def size(number: int) -> str:
+    """1536 -> 1.5 KiB; below 10 KiB exact bytes."""
+    if number < 10240:
+        return f"{number} B"
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if value < 1024 or unit == "PiB":
+            break
+        value /= 1024
+    return f"{value:.1f} {unit}"
+
+
+def seconds(ns: int) -> str:
+    """Nanoseconds as seconds, to the millisecond."""
+    return f"{ns / 1e9:.3f} s"
+
+
+def ending(record: Record) -> str:
+    """done, exit 0 | killed by SIGKILL | lost (exit status unknown)."""
+    if record.exit_signal is not None:
+        return f"killed by {signal_name(record.exit_signal)}"
+    if record.exit_code is not None:
+        return f"done, exit {record.exit_code}"
+    return "lost, exit status unknown"
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def summary(record: Record) -> str:
+    """The whole record in at most a dozen lines; a kind of number the host does not count is left out."""
+    totals = record.totals
+    lines = [f"job {record.id} of {record.owner}: {ending(record)}"]
+    cpu = [f"wall {seconds(record.wall_ns)}"]
+    if (user := _one(totals, "cpu_user")) is not None and (system := _one(totals, "cpu_system")) is not None:
+        cpu.append(f"cpu {seconds(user)} user, {seconds(system)} system")
+        if record.wall_ns:
+            cpu.append(f"{(user + system) / record.wall_ns:.2f} cores")
+    if throttled := _one(totals, "cpu_throttled"):
+        cpu.append(f"throttled {seconds(throttled)}")
+    lines.append(_line("time", cpu))
+    lines.append(_line("memory", _memory(totals)))
+    lines += [_line("block I/O", [text]) for text in _block(totals)]
+    if (tasks := _one(totals, "pids_peak")) is not None:
+        lines.append(_line("tasks", [f"{tasks} at most"]))
+    network = totals.get("network", {})
+    packets = totals.get("network_packets", {})
+    for rule in sorted(network, key=lambda rule: (not rule.startswith("Outgoing"), rule)):
+        lines.append(_line("network", [f"{rule} {network[rule]:,} bytes in {packets.get(rule, 0):,} packets"]))
+    lines += [_line("note", [note]) for note in record.notes]
+    return "\n".join(line for line in lines if line)
+
+
+def _memory(totals: State) -> list[str]:
+    parts = []
+    for name, label in (("memory_anon_peak", "anon"), ("memory_shmem_peak", "shmem"), ("memory_file_peak", "file")):
+        if (value := _one(totals, name)) is not None:
+            parts.append(f"{label} {size(value)}")
+    text = [f"{', '.join(parts)} (sampled peaks)"] if parts else []
+    if (peak := _one(totals, "memory_peak")) is not None:
+        text.append(f"kernel's peak {size(peak)}")
+    if kills := _one(totals, "memory_oom_kills"):
+        text.append(f"{kills} killed for want of memory")
+    return text
+
+
+def _block(totals: State) -> list[str]:
+    """One text a device that saw any I/O."""
+    texts = []
+    for device in sorted(totals.get("block_read", {}).keys() | totals.get("block_write", {}).keys()):
+        read, reads = (totals.get(name, {}).get(device, 0) for name in ("block_read", "block_reads"))
+        written, writes = (totals.get(name, {}).get(device, 0) for name in ("block_write", "block_writes"))
+        if reads or writes:
+            texts.append(
+                f"{device} read {read:,} bytes in {reads:,}, written {written:,} bytes in {writes:,} operations"
+            )
+    return texts
+
+
+def _line(label: str, parts: list[str]) -> str:
+    return f"  {label:<10}{'; '.join(parts)}" if parts else ""
+
+
+def _one(totals: State, name: str) -> int | None:
+    return totals.get(name, {}).get("")

@@ -1,0 +1,137 @@
+"""Watching one job from the terminal it was started on: its signals, its polls, its live line, its end.
+
+One thread, no handlers: all signals are blocked and taken with sigtimedwait, whose time-out is the next poll.
+"""
+
+import os
+import signal
+import sys
+import termios
+import time
+from typing import Self
+
+from acctd.agent import Agent, Job
+from acctd.cli.summary import size
+from acctd.meter import State
+
+_FORWARDED = {
+    signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2,
+    signal.SIGALRM, signal.SIGCONT,
+}  # fmt: skip
+_TAKEN = _FORWARDED | {signal.SIGCHLD, signal.SIGTSTP, signal.SIGTTOU}
+_SI_KERNEL = 0x80
+_FIRST_POLL = 0.001  # s after the start
+_LIVE_EVERY = 1.0  # s
+
+
+class Signals:
+    """Blocks what is forwarded to a job, and gives the caller's mask back at the end."""
+
+    def __enter__(self) -> Self:
+        self.before: set[signal.Signals] = set(signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN))  # type: ignore[arg-type]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
+
+
+class LiveLine:
+    """One line on the terminal that says how the job stands. Shown only while it disturbs nobody."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._tty = sys.stderr.isatty()
+        self._started = self._drawn = time.monotonic()
+        self._shown = False
+
+    def due(self) -> float | None:
+        """When to draw next, or None if never."""
+        return self._drawn + _LIVE_EVERY if self._tty else None
+
+    def draw(self) -> None:
+        self._drawn = time.monotonic()
+        if not self._quiet_terminal():
+            return
+        state = self._job.meter.state()[0]
+        text = f"acctd: job {self._job.spec.id}  {self._drawn - self._started:.0f} s  {_live(state)}"
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+        sys.stderr.write(f"\r\x1b[K{text[: width - 1]}")
+        sys.stderr.flush()
+        self._shown = True
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._shown = False
+
+    def _quiet_terminal(self) -> bool:
+        """No program is drawing on it (those switch echo off) and we are in the foreground."""
+        try:
+            fd = sys.stderr.fileno()
+            return bool(termios.tcgetattr(fd)[3] & termios.ECHO) and os.tcgetpgrp(fd) == os.getpgrp()
+        except (OSError, termios.error):
+            return False
+
+
+def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None) -> int:
+    """Wait for the job's main process, polling the job meanwhile. Returns its exit status, or -n after signal n.
+
+    Polls come at 1, 2, 4, ... ms and then at the configured interval, so that a short job is sampled too.
+    """
+    interval = agent.config.poll_interval
+    started = time.monotonic()
+    step, next_poll = _FIRST_POLL, started + _FIRST_POLL
+    while True:
+        due = [next_poll] + ([at] if live and (at := live.due()) is not None else [])
+        event = signal.sigtimedwait(_TAKEN, max(0.0, min(due) - time.monotonic()))
+        if event is not None:
+            if event.si_signo == signal.SIGCHLD:
+                if (code := _ended(pid)) is not None:
+                    if live:
+                        live.clear()
+                    return code
+            else:
+                _pass_on(event, pid)
+        now = time.monotonic()
+        if now >= next_poll:
+            agent.poll([job])
+            if step >= 1.0:
+                agent.store(job)
+            step = min(step * 2, interval)
+            next_poll = now + step
+        if live and (at := live.due()) is not None and now >= at:
+            live.draw()
+
+
+def _ended(pid: int) -> int | None:
+    """The exit status, or None while it runs (SIGCHLD also tells of stops)."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def _pass_on(event: signal.struct_siginfo, pid: int) -> None:
+    """A signal from a process goes on to the job; one from the terminal has reached the job already, as it did us."""
+    if event.si_signo in (signal.SIGTSTP, signal.SIGTTOU):
+        # The job has been stopped by the terminal too: the shell gets it back only if we stop as well.
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif event.si_code != _SI_KERNEL:
+        try:
+            os.kill(pid, event.si_signo)
+        except ProcessLookupError:
+            return  # it has just ended; SIGCHLD says so next
+
+
+def _live(state: State) -> str:
+    def total(name: str) -> int:
+        return sum(state.get(name, {}).values())
+
+    parts = [
+        f"cpu {(total('cpu_user') + total('cpu_system')) / 1e9:.1f} s",
+        f"resident {size(total('memory_resident'))}",
+    ]
+    if moved := total("block_read") + total("block_write"):
+        parts.append(f"disk {size(moved)}")
+    if "network" in state:
+        parts.append(f"network {size(total('network'))}")
+    return "  ".join(parts)

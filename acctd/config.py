@@ -1,0 +1,308 @@
+"""The configuration file, /etc/acctd/acctd.toml: read, checked and turned into the types the agent works with.
+
+Keys, types, ranges and defaults are declared once, in the tables below; docs/acctd.toml.example explains them.
+Nothing here looks at the kernel: whether this host can do what is asked is found out by whoever does it.
+"""
+
+import difflib
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+
+import msgspec
+from msgspec import Meta
+
+from acctd.cgroup.layout import CONTROLLERS
+from acctd.errors import ConfigError, NotFoundError, NotPermittedError, UsageError
+from acctd.kernel.cgroupfs import checked_parts
+from acctd.model import INT64_MAX, DestinationClass, Limits, NetworkMode, check_classes, parse_class, parse_size
+
+DEFAULT_FILE = "/etc/acctd/acctd.toml"
+ENVIRONMENT = "ACCTD_CONFIG"
+SUN_PATH = 107
+"""The longest path of a unix socket, in bytes: sun_path less its NUL, unix(7)."""
+
+_T = TypeVar("_T")
+_N = TypeVar("_N", IPv4Network, IPv6Network)
+
+Backend = Literal["auto", "iptables", "nftables"]
+
+_Text = Annotated[str, Meta(description="text")]
+_Size = Annotated[int | str, Meta(description='a size such as "2G", or a number of bytes')]
+_Names = Annotated[list[str], Meta(description="a list of names")]
+
+
+class CgroupTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[cgroup] as written."""
+
+    base: _Text = "acctd"
+    controllers: _Names = msgspec.field(default_factory=lambda: list(CONTROLLERS))
+
+
+class NetworkTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[network] as written."""
+
+    mode: Annotated[NetworkMode, Meta(description='"nat", "host" or "none"')] = "nat"
+    pool4: _Text = "10.181.0.0/18"
+    pool6: _Text = "fd61:6363:7464::/112"
+    backend: Annotated[Backend, Meta(description='"auto", "iptables" or "nftables"')] = "auto"
+    classes: Annotated[dict[str, list[str]], Meta(description="a table NAME = [CIDR, ...]")] = msgspec.field(
+        default_factory=lambda: {"Internal": ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"]}
+    )
+
+
+class LimitsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[limits] as written: what a job gets that asks for nothing else. Ranges are those of model.Limits."""
+
+    memory: _Size | None = None
+    memory_soft: _Size | None = None
+    swap: _Size | None = None
+    cpus: Annotated[float, Meta(description="a number of cores")] | None = None
+    cpu_shares: Annotated[int, Meta(description="a whole number")] | None = None
+    cpuset: Annotated[str, Meta(description='a CPU list such as "0-3"')] | None = None
+    pids: Annotated[int, Meta(description="a whole number")] | None = None
+
+
+class FileTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file's top level as written."""
+
+    state_dir: _Text = "/var/lib/acctd"
+    runtime_dir: _Text = "/run/acctd"
+    socket: _Text = "/run/acctd/acctd.sock"
+    poll_interval: Annotated[float, Meta(ge=0.1, le=3600, description="0.1 to 3600 seconds")] = 10.0
+    cgroup: CgroupTable = msgspec.field(default_factory=CgroupTable)
+    network: NetworkTable = msgspec.field(default_factory=NetworkTable)
+    limits: LimitsTable = msgspec.field(default_factory=LimitsTable)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CgroupConfig:
+    """Where the jobs' cgroups are made, and with which controllers."""
+
+    base: str  # relative to every hierarchy's mount point, checked
+    controllers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig:
+    """What a job's network is unless it asks otherwise, and the addresses its pipes take."""
+
+    mode: NetworkMode
+    pool4: IPv4Network
+    pool6: IPv6Network | None  # None: jobs have no IPv6
+    backend: Backend
+    classes: tuple[DestinationClass, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration, checked."""
+
+    file: str | None  # None: there is no file and all values are defaults
+    state_dir: Path
+    runtime_dir: Path
+    socket: Path
+    poll_interval: float  # s
+    cgroup: CgroupConfig
+    network: NetworkConfig
+    limits: Limits
+
+
+def load(path: str | None, environ: Mapping[str, str]) -> Config:
+    """The configuration in `path`, else in $ACCTD_CONFIG, else in /etc/acctd/acctd.toml, which may be absent.
+
+    Raises ConfigError for the first mistake, NotFoundError for a named file that is not there.
+    """
+    name, config, mistakes = check(path, environ)
+    if config is None:
+        more = f" ({len(mistakes) - 1} more: see acctd config check)" if len(mistakes) > 1 else ""
+        raise ConfigError(f"{name}: {mistakes[0]}{more}")
+    return config
+
+
+def check(path: str | None, environ: Mapping[str, str]) -> tuple[str, Config | None, list[str]]:
+    """The file's name, the configuration or None, and all mistakes in it, one sentence each.
+
+    Raises NotFoundError and NotPermittedError for a file that cannot be read at all.
+    """
+    named = path if path is not None else environ.get(ENVIRONMENT) or None
+    name = named if named is not None else DEFAULT_FILE
+    try:
+        with open(name, "rb") as stream:
+            text = stream.read()
+    except (FileNotFoundError, NotADirectoryError):
+        if named is None:
+            config, mistakes = parse("", None)
+            return name, config, mistakes
+        raise NotFoundError(f"configuration file {name} does not exist; name one that does") from None
+    except IsADirectoryError:
+        return name, None, ["this is a directory; name a TOML file"]
+    except PermissionError:
+        raise NotPermittedError(f"configuration file {name} may not be read by this user; run as root") from None
+    try:
+        config, mistakes = parse(text.decode(), name)
+    except UnicodeDecodeError as e:
+        return name, None, [f"byte {e.start} is no UTF-8; save the file as UTF-8"]
+    return name, config, mistakes
+
+
+def parse(text: str, file: str | None) -> tuple[Config | None, list[str]]:
+    """The configuration in TOML text, or None and all mistakes in it."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        return None, [f"this is no TOML: {e}; see docs/acctd.toml.example"]
+    reader = _Reader()
+    table = cast(FileTable, reader.table(FileTable, data, ""))
+    if "runtime_dir" in data and "socket" not in data:
+        table = msgspec.structs.replace(table, socket=f"{table.runtime_dir}/acctd.sock")
+    config = Config(
+        file=file,
+        state_dir=reader.directory("state_dir", table.state_dir),
+        runtime_dir=reader.directory("runtime_dir", table.runtime_dir),
+        socket=reader.socket("socket", table.socket),
+        poll_interval=table.poll_interval,
+        cgroup=reader.cgroup(table.cgroup),
+        network=reader.network(table.network),
+        limits=reader.limits(table.limits),
+    )
+    return (None if reader.mistakes else config), reader.mistakes
+
+
+class _Reader:
+    """Goes through the whole file and collects the mistakes; a wrong value is replaced by its default to go on."""
+
+    def __init__(self) -> None:
+        self.mistakes: list[str] = []
+
+    def table(self, kind: type[msgspec.Struct], data: Mapping[str, Any], prefix: str) -> msgspec.Struct:
+        """One table by its declaration: unknown keys and wrong types are mistakes."""
+        known = {field.name: field for field in msgspec.structs.fields(kind)}
+        values: dict[str, Any] = {}
+        for name, value in data.items():
+            key = prefix + name
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+                self.mistakes.append(f"{key} is no key of acctd; {hint}")
+                continue
+            wanted = known[name].type
+            if isinstance(wanted, type) and issubclass(wanted, msgspec.Struct):
+                if isinstance(value, dict):
+                    values[name] = self.table(wanted, value, f"{key}.")
+                else:
+                    self.mistakes.append(f"{key} {_shown(value)} is not usable; it takes a table, written [{key}]")
+                continue
+            try:
+                values[name] = _converted(value, wanted)
+            except msgspec.ValidationError:
+                self.mistakes.append(f"{key} {_shown(value)} is not usable; it takes {_description(wanted)}")
+        return kind(**values)
+
+    def directory(self, key: str, text: str) -> Path:
+        """An absolute path."""
+        if not text.startswith("/") or "\0" in text:
+            self.mistakes.append(f"{key} {_shown(text)} is not usable; it takes an absolute path")
+        return Path(text)
+
+    def socket(self, key: str, text: str) -> Path:
+        """An absolute path that fits into a socket address."""
+        if (length := len(text.encode())) > SUN_PATH:
+            self.mistakes.append(f"{key} {_shown(text)} has {length} bytes; a socket's path takes {SUN_PATH} at most")
+        return self.directory(key, text)
+
+    def cgroup(self, table: CgroupTable) -> CgroupConfig:
+        """The base as a path that cannot leave its hierarchy, and controllers that exist."""
+        self._try("cgroup.base: ", lambda: checked_parts(table.base))
+        for name, times in Counter(table.controllers).items():
+            if name not in CONTROLLERS:
+                known = ", ".join(CONTROLLERS)
+                self.mistakes.append(f"cgroup.controllers {_shown(name)} is no controller; known are {known}")
+            elif times > 1:
+                self.mistakes.append(f"cgroup.controllers has {name!r} {times} times; once is enough")
+        if not table.controllers:
+            self.mistakes.append("cgroup.controllers [] counts nothing; it takes at least one controller")
+        return CgroupConfig(base=table.base, controllers=tuple(table.controllers))
+
+    def network(self, table: NetworkTable) -> NetworkConfig:
+        """Pools as networks of their IP version, classes as the command line would make them."""
+        pool4 = self._pool("network.pool4", table.pool4, IPv4Network, (8, 30))
+        pool6 = self._pool("network.pool6", table.pool6, IPv6Network, (64, 126)) if table.pool6 else None
+        made = [
+            self._try("network.classes: ", partial(parse_class, name, cidrs)) for name, cidrs in table.classes.items()
+        ]
+        classes = tuple(cls for cls in made if cls is not None)
+        self._try("network.classes: ", lambda: check_classes(classes))
+        return NetworkConfig(
+            mode=table.mode,
+            pool4=pool4 or IPv4Network("0.0.0.0/0"),
+            pool6=pool6,
+            backend=table.backend,
+            classes=classes,
+        )
+
+    def limits(self, table: LimitsTable) -> Limits:
+        """Each limit by itself, then all together: they are held against each other too."""
+        before = len(self.mistakes)
+        values = {name: value for name, value in msgspec.structs.asdict(table).items() if value is not None}
+        for name, value in values.items():
+            if isinstance(value, str) and name != "cpuset":
+                size = self._try("", partial(parse_size, f"limits.{name}", value))
+                if size is None:
+                    continue
+                values[name] = size
+            # A memory limit that fits whatever the other one is: swap and memory_soft are refused without.
+            alone = {"memory": INT64_MAX} | {name: values[name]}
+            self._try("limits.", partial(Limits, **alone))
+        if len(self.mistakes) > before:
+            return Limits()
+        return self._try("limits.", lambda: Limits(**values)) or Limits()
+
+    def _pool(self, key: str, text: str, kind: type[_N], prefix: tuple[int, int]) -> _N | None:
+        low, high = prefix
+        takes = f"it takes an {kind.__name__[:4]} network with a prefix of /{low} to /{high}"
+        try:
+            network = kind(text)
+        except ValueError as e:
+            self.mistakes.append(f"{key} {_shown(text)} is not usable ({e}); {takes}")
+            return None
+        if not low <= network.prefixlen <= high:
+            self.mistakes.append(f"{key} {_shown(text)} is out of range; {takes}")
+            return None
+        return network
+
+    def _try(self, prefix: str, make: Callable[[], _T]) -> _T | None:
+        """What `make` gives, or None and a mistake."""
+        try:
+            return make()
+        except UsageError as e:
+            self.mistakes.append(f"{prefix}{e}")
+            return None
+
+
+def _converted(value: object, wanted: Any) -> Any:
+    """The value if it is of the declared type and in its range, else msgspec.ValidationError."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise msgspec.ValidationError("TOML's nan and inf are in no range")
+    return msgspec.convert(value, wanted)
+
+
+def _description(wanted: Any) -> str:
+    """What the declaration says the key takes; for an optional key, what it takes when it is there."""
+    for part in get_args(wanted):
+        if isinstance(part, Meta) and part.description:
+            return part.description
+        if found := _description(part):
+            return found
+    return ""
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

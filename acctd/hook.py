@@ -1,0 +1,97 @@
+"""acctd-hook: what runs where a job is about to start. Imports the standard library only, and little of it.
+
+`acctd-hook exec --plan-fd N -- COMMAND...` is the launched helper: it enters the job's network namespace and cgroups by
+itself, becomes the job's owner, and then becomes the command. It joins after its own exec, because a child that joins
+a cgroup which is out of memory before exec would hang together with its parent. Nothing here is imported by the agent,
+and nothing of the agent is imported here: a job waits for every module that this file loads.
+
+The plan is one JSON object on the descriptor: {"netns": fd or null, "procs": [path...], "uid", "gid", "groups",
+"blocked": [signal...], "status": fd}. On failure one JSON object {"what", "errno"} goes to `status`; a successful exec
+closes it without a word.
+"""
+
+import json
+import os
+import signal
+import sys
+
+EXIT_USAGE = 64
+EXIT_LAUNCH = 125  # as env(1) and timeout(1): the helper itself failed
+EXIT_CANNOT_EXECUTE = 126
+EXIT_NOT_FOUND = 127
+_CLONE_NEWNET = 0x40000000
+
+USAGE = "usage: acctd-hook exec --plan-fd N -- COMMAND..."
+
+
+def main() -> None:
+    """Entry point. Does not return when the command could be started."""
+    arguments = sys.argv[1:]
+    if (
+        len(arguments) < 5
+        or arguments[:2] != ["exec", "--plan-fd"]
+        or arguments[3] != "--"
+        or not arguments[2].isdigit()
+    ):
+        sys.stderr.write(f"acctd-hook: {' '.join(arguments)!r} is not a call it knows; {USAGE}\n")
+        sys.exit(EXIT_USAGE)
+    try:
+        with open(int(arguments[2]), "rb") as stream:
+            plan = json.load(stream)
+    except (OSError, ValueError) as e:
+        sys.stderr.write(f"acctd-hook: no plan on descriptor {arguments[2]}: {e}; acctd run makes one\n")
+        sys.exit(EXIT_USAGE)
+    sys.exit(launch(plan, arguments[4:]))
+
+
+def launch(plan: dict, command: list[str]) -> int:  # type: ignore[type-arg]  # JSON as it came
+    """Follow the plan and become the command. Returns an exit code only if that fails."""
+    what = "enter the job's network"
+    try:
+        if plan["netns"] is not None:
+            _setns(plan["netns"])
+            os.close(plan["netns"])
+        what = "become the job's owner"
+        # Groups need privilege and so does joining; the cgroups come last, so that little of the helper is billed.
+        os.setgroups(plan["groups"])
+        for path in plan["procs"]:
+            what = f"join {path}"
+            _join(path)
+        what = "become the job's owner"
+        os.setresgid(plan["gid"], plan["gid"], plan["gid"])
+        os.setresuid(plan["uid"], plan["uid"], plan["uid"])
+        what = f"start {command[0]}"
+        # Python ignores these two for itself; the command must not inherit that.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, plan["blocked"])
+        os.execvp(command[0], command)  # noqa: S606  # this is what the helper is for
+    except OSError as e:
+        os.write(plan["status"], json.dumps({"what": what, "errno": e.errno}).encode())
+        if not what.startswith("start "):
+            return EXIT_LAUNCH
+        return EXIT_NOT_FOUND if isinstance(e, (FileNotFoundError, NotADirectoryError)) else EXIT_CANNOT_EXECUTE
+
+
+def _join(path: str) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, b"0")  # the writer itself, in whatever PID namespace it is
+    finally:
+        os.close(fd)
+
+
+def _setns(fd: int) -> None:
+    if hasattr(os, "setns"):
+        os.setns(fd, _CLONE_NEWNET)
+        return
+    import ctypes  # only before Python 3.12: it costs as much as all else together
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, _CLONE_NEWNET) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+if __name__ == "__main__":
+    main()

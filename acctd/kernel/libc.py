@@ -1,0 +1,39 @@
+"""The system calls that Python 3.11 does not offer: namespaces and mounts. Errors are OSError, as from os."""
+
+import ctypes
+import os
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWNET = 0x40000000
+MS_BIND = 0x1000
+MS_PRIVATE = 0x40000
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error), what)
+
+
+def unshare(flags: int) -> None:
+    """Give the calling thread namespaces of its own. man 2 unshare."""
+    _check(_libc.unshare(flags), "unshare")
+
+
+def setns(fd: int, kind: int = 0) -> None:
+    """Move the calling thread into a namespace. man 2 setns."""
+    _check(_libc.setns(fd, kind), "setns")
+
+
+def mount(source: str, target: str, flags: int) -> None:
+    """man 2 mount, for bind mounts and propagation: no file system type, no data."""
+    _check(_libc.mount(os.fsencode(source), os.fsencode(target), None, ctypes.c_ulong(flags), None), target)
+
+
+def umount(target: str) -> None:
+    """Detach a mount; whoever still uses it keeps it. man 2 umount2."""
+    _check(_libc.umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW), target)

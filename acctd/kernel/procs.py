@@ -1,0 +1,44 @@
+"""Facts from /proc and /sys that say who is who: processes, this boot, the disks. Reads only."""
+
+import os
+from pathlib import Path
+
+
+def boot_id(root: Path = Path("/")) -> str:
+    """This boot's id. man 4 random."""
+    return (root / "proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def identity(pid: int) -> str:
+    """A name for a process that no later one can have: its pid and its start time in ticks since boot."""
+    return f"{pid}:{_start_time(pid)}"
+
+
+def is_alive(identity_: str) -> bool:
+    """Whether the process that had this identity still runs (a zombie does not)."""
+    pid, _, start = identity_.partition(":")
+    return start != "" and _start_time(int(pid)) == start
+
+
+# /proc/<pid>/stat; the command, in parentheses, may hold anything; state and start time are the 3rd and 22nd fields:
+#   4242 (dd) R 4241 4242 4200 34816 4242 4194304 117 0 0 0 2 11 0 0 20 0 1 0 881231 6021120 ...
+def _start_time(pid: int) -> str | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def disks(root: Path = Path("/")) -> list[str]:
+    """Whole block devices that hold something, as "major:minor": what block I/O is counted by."""
+    found = []
+    block = root / "sys/block"
+    for name in sorted(os.listdir(block)) if block.is_dir() else []:
+        try:
+            if (block / name / "size").read_text().strip() != "0":
+                found.append((block / name / "dev").read_text().strip())
+        except FileNotFoundError:
+            continue  # unplugged since it was listed
+    return found

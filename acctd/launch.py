@@ -1,0 +1,77 @@
+"""Starting a job's command: a helper process that joins the job by itself and then becomes the command.
+
+Only starts. Waiting, signals and what happens at the end belong to the caller.
+"""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from acctd.agent import Job
+from acctd.errors import AcctdError, KernelRefusedError
+
+_HELPER = Path(__file__).with_name("hook.py")
+
+
+class CommandError(AcctdError):
+    """The command cannot be started; the exit code is the shell's: 127 not found, 126 not executable."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def start(
+    job: Job, command: Sequence[str], *, groups: Sequence[int], environ: Mapping[str, str], blocked: set[signal.Signals]
+) -> subprocess.Popen[bytes]:
+    """Start the command inside the job; on return it runs. `blocked` is the signal mask it is to have.
+
+    Raises CommandError where the command is missing or cannot be executed, KernelRefusedError where joining failed;
+    the helper is gone then.
+    """
+    plan_read, plan_write = os.pipe2(os.O_CLOEXEC)
+    status_read, status_write = os.pipe2(os.O_CLOEXEC)
+    owner = job.spec.owner
+    plan = {
+        "netns": job.namespace,
+        "procs": job.cgroups.procs_files(),
+        "uid": owner.uid,
+        "gid": owner.gid,
+        "groups": list(groups),
+        "blocked": [int(number) for number in blocked],
+        "status": status_write,
+    }
+    passed = [plan_read, status_write] + ([job.namespace] if job.namespace is not None else [])
+    try:
+        # -I -S: neither the caller's environment nor its site-packages may change what the helper does.
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_HELPER), "exec", "--plan-fd", str(plan_read), "--", *command],
+            env=dict(environ),
+            pass_fds=passed,
+        )
+        os.write(plan_write, json.dumps(plan).encode())
+    finally:
+        for fd in (plan_read, plan_write, status_write):
+            os.close(fd)
+    with open(status_read, "rb") as status:
+        answer = status.read()
+    if answer:
+        code = process.wait()
+        raise _failure(json.loads(answer), code, command[0])
+    return process
+
+
+def _failure(answer: dict[str, object], code: int, command: str) -> AcctdError:
+    number = int(str(answer["errno"]))
+    reason = os.strerror(number)
+    if code == 127:
+        return CommandError(f"command {command!r} is not found; check its name and PATH", code)
+    if code == 126:
+        hint = "is it executable, and for the job's owner?" if number == errno.EACCES else "is it a program?"
+        return CommandError(f"command {command!r} cannot be executed: {reason}; {hint}", code)
+    return KernelRefusedError(f"cannot {answer['what']}: {reason}")

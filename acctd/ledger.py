@@ -1,0 +1,279 @@
+"""The ledger: one SQLite file with the open jobs, their leases and totals, and the records of the closed ones.
+
+Intent is written here before the kernel is changed. A record is signed off by a digest over itself and its predecessor,
+so that a changed or missing one shows. Stores and finds; decides nothing. Several acctd processes may have it open.
+"""
+
+import hashlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+import msgspec
+
+from acctd.errors import AcctdError, ConfigError, ExhaustedError, InUseError, NotFoundError, NotPermittedError
+from acctd.meter import State
+from acctd.model import JobSpec, Limits, Owner, Record, parse_class
+
+SCHEMA = 1
+FILE = "ledger.sqlite"
+"""The ledger's name in state_dir."""
+
+Phase = Literal["making", "running", "closed"]
+"""making: kernel objects may be half there. running: all there, the command has been started. closed: record written,
+objects not yet all removed."""
+
+_TABLES = """
+CREATE TABLE job (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    phase TEXT NOT NULL,
+    slot INTEGER UNIQUE,           -- the lease: which pair of addresses of the pool, NULL without a pipe
+    backend TEXT,                  -- which netfilter back end made the chain
+    spec BLOB NOT NULL,            -- JSON of model.JobSpec
+    created REAL NOT NULL,         -- s since the epoch, a label
+    boot_id TEXT NOT NULL,
+    boot_ns INTEGER NOT NULL,      -- CLOCK_BOOTTIME when the command started, before that when the job was made
+    keeper TEXT NOT NULL,          -- who watches the job: pid and start time
+    totals BLOB NOT NULL,
+    kept BLOB NOT NULL
+) STRICT;
+CREATE TABLE record (
+    number INTEGER PRIMARY KEY,    -- in the order of signing
+    seq INTEGER NOT NULL UNIQUE,   -- that of the job: one job, one record
+    id TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    ended REAL NOT NULL,
+    body BLOB NOT NULL,            -- JSON of model.Record
+    digest TEXT NOT NULL           -- SHA-256 of the previous digest and the body
+) STRICT;
+CREATE INDEX record_id ON record (id);
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenJob:
+    """One row of the open jobs."""
+
+    seq: int
+    phase: Phase
+    slot: int | None
+    backend: str | None
+    spec: JobSpec
+    created: float
+    boot_id: str
+    boot_ns: int
+    keeper: str
+    totals: State = field(default_factory=dict)
+    kept: State = field(default_factory=dict)
+
+
+class Ledger:
+    """The open file. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
+            os.chmod(path, 0o600)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._migrate()
+            # NORMAL: a commit survives kill -9, and a power cut takes the jobs themselves along. Records use FULL.
+            self._db.execute("PRAGMA synchronous = NORMAL")
+        except (sqlite3.Error, OSError) as e:
+            raise _trouble(path, e) from e
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+    def open_job(
+        self, spec: JobSpec, *, slots: range | None, backend: str | None, boot_id: str, boot_ns: int, keeper: str
+    ) -> OpenJob:
+        """Write the intent to make a job and lease it a slot, in one transaction.
+
+        Slots are handed out in turn, not the lowest free one: a stray packet for a finished job finds nobody. Raises
+        InUseError for an id that is open, ExhaustedError where no slot is free.
+        """
+        now = time.time()
+        with self._writing() as db:
+            slot = self._free_slot(slots) if slots is not None else None
+            try:
+                cursor = db.execute(
+                    "INSERT INTO job (id, phase, slot, backend, spec, created, boot_id, boot_ns, keeper, totals, kept) "
+                    "VALUES (?, 'making', ?, ?, ?, ?, ?, ?, ?, x'7b7d', x'7b7d')",
+                    (spec.id, slot, backend, msgspec.json.encode(spec, enc_hook=str), now, boot_id, boot_ns, keeper),
+                )
+            except sqlite3.IntegrityError as e:
+                if "job.id" not in str(e):
+                    raise
+                raise InUseError(f"job id {spec.id!r} is in use by a living job; choose another") from None
+        return OpenJob(cursor.lastrowid or 0, "making", slot, backend, spec, now, boot_id, boot_ns, keeper)
+
+    def next_id(self) -> str:
+        """An id nobody has had: r and a number that is never given twice."""
+        with self._writing() as db:
+            row = db.execute("SELECT value FROM meta WHERE key = 'last_id'").fetchone()
+            number = int(row[0]) if row else 0
+            taken: tuple[int] | None = (1,)
+            while taken:
+                number += 1
+                name = f"r{number}"
+                taken = db.execute(
+                    "SELECT 1 FROM job WHERE id = ? UNION SELECT 1 FROM record WHERE id = ?", (name, name)
+                ).fetchone()
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('last_id', ?)", (str(number),))
+        return name
+
+    def begin(self, seq: int, boot_ns: int) -> None:
+        """All is made and the command runs since then."""
+        with self._writing() as db:
+            db.execute("UPDATE job SET phase = 'running', boot_ns = ? WHERE seq = ?", (boot_ns, seq))
+
+    def store_totals(self, seq: int, totals: State, kept: State) -> None:
+        with self._writing() as db:
+            db.execute(
+                "UPDATE job SET totals = ?, kept = ? WHERE seq = ?",
+                (msgspec.json.encode(totals), msgspec.json.encode(kept), seq),
+            )
+
+    def claim(self, job: OpenJob, keeper: str) -> bool:
+        """Take over a job whose keeper is dead; False if somebody else was first."""
+        with self._writing() as db:
+            changed = db.execute(
+                "UPDATE job SET keeper = ? WHERE seq = ? AND keeper = ?", (keeper, job.seq, job.keeper)
+            ).rowcount
+        return changed == 1
+
+    def sign_off(self, seq: int, record: Record) -> None:
+        """Commit the final record, once and on stable storage, and mark the job closed."""
+        body = msgspec.json.encode(record)
+        self._db.execute("PRAGMA synchronous = FULL")
+        try:
+            with self._writing() as db:
+                last = db.execute("SELECT digest FROM record ORDER BY number DESC LIMIT 1").fetchone()
+                db.execute(
+                    "INSERT INTO record (seq, id, owner, ended, body, digest) VALUES (?, ?, ?, ?, ?, ?)",
+                    (seq, record.id, record.owner, record.ended, body, _digest(last[0] if last else "", body)),
+                )
+                db.execute("UPDATE job SET phase = 'closed' WHERE seq = ?", (seq,))
+        finally:
+            self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def forget(self, seq: int) -> None:
+        """Everything of the job is gone from the kernel: give its id and its lease back."""
+        with self._writing() as db:
+            db.execute("DELETE FROM job WHERE seq = ?", (seq,))
+
+    def open_jobs(self) -> list[OpenJob]:
+        rows = self._rows(
+            "SELECT seq, phase, slot, backend, spec, created, boot_id, boot_ns, keeper, totals, kept "
+            "FROM job ORDER BY seq"
+        )
+        return [
+            OpenJob(
+                *(seq, phase, slot, backend),
+                _spec(spec),
+                *(created, boot_id, boot_ns, keeper),
+                msgspec.json.decode(totals, type=State),
+                msgspec.json.decode(kept, type=State),
+            )
+            for seq, phase, slot, backend, spec, created, boot_id, boot_ns, keeper, totals, kept in rows
+        ]
+
+    def records(self, limit: int | None = None) -> list[Record]:
+        """The newest records, oldest first; all without a limit."""
+        rows = self._rows("SELECT body FROM record ORDER BY number DESC LIMIT ?", -1 if limit is None else limit)
+        return [msgspec.json.decode(row[0], type=Record) for row in reversed(rows)]
+
+    def record(self, job: str) -> Record:
+        """The newest record of an id. NotFoundError where there is none, AcctdError where its digest does not fit."""
+        row = self._row("SELECT number, body, digest FROM record WHERE id = ? ORDER BY number DESC LIMIT 1", job)
+        if row is None:
+            raise NotFoundError(f"no record of job {job!r}; `acctd ls` lists what there is")
+        number, body, digest = row
+        before = self._row("SELECT digest FROM record WHERE number < ? ORDER BY number DESC LIMIT 1", number)
+        if _digest(before[0] if before else "", body) != digest:
+            raise AcctdError(f"record {number} of job {job!r} was altered after it was signed off; restore {self.path}")
+        return msgspec.json.decode(body, type=Record)
+
+    def _free_slot(self, slots: range) -> int:
+        taken = {row[0] for row in self._rows("SELECT slot FROM job WHERE slot IS NOT NULL")}
+        row = self._row("SELECT value FROM meta WHERE key = 'last_slot'")
+        last = int(row[0]) if row else slots.start - 1
+        start = last + 1 if last + 1 in slots else slots.start
+        for offset in range(len(slots)):
+            slot = slots[(start - slots.start + offset) % len(slots)]
+            if slot not in taken:
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES ('last_slot', ?)", (str(slot),))
+                return slot
+        raise ExhaustedError(
+            f"the address pool is exhausted: all {len(slots)} pairs are leased; finish a job or enlarge network.pool4"
+        )
+
+    def _migrate(self) -> None:
+        with self._writing() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA:
+                raise ConfigError(
+                    f"{self.path} has schema {version} and this acctd knows {SCHEMA}; use the newer acctd that wrote it"
+                )
+            if version == 0:
+                for statement in _TABLES.split(";\n"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as e:
+            raise _trouble(self.path, e) from e
+
+    def _rows(self, query: str, *values: object) -> list[tuple]:  # type: ignore[type-arg]  # columns differ by query
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as e:
+            raise _trouble(self.path, e) from e
+
+    def _row(self, query: str, *values: object) -> tuple | None:  # type: ignore[type-arg]
+        rows = self._rows(query, *values)
+        return rows[0] if rows else None
+
+
+def _spec(body: bytes) -> JobSpec:
+    """The JobSpec that open_job encoded; networks were written as text."""
+    raw = msgspec.json.decode(body)
+    return JobSpec(
+        id=raw["id"],
+        owner=Owner(**raw["owner"]),
+        limits=Limits(**raw["limits"]),
+        network=raw["network"],
+        classes=tuple(parse_class(cls["name"], cls["networks"]) for cls in raw["classes"]),
+        tags=raw["tags"],
+    )
+
+
+def _digest(previous: str, body: bytes) -> str:
+    return hashlib.sha256(previous.encode() + body).hexdigest()
+
+
+def _trouble(path: Path, error: Exception) -> AcctdError:
+    if isinstance(error, PermissionError) or "readonly" in str(error) or "unable to open" in str(error):
+        return NotPermittedError(f"cannot open the ledger {path}: {error}; run as root or set state_dir")
+    return AcctdError(f"ledger {path}: {error}; see that the disk is not full and the file is whole")

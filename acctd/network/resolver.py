@@ -1,0 +1,154 @@
+"""The job's resolver where the host's listens on loopback: the same address answers inside, relayed by acctd.
+
+A job has a loopback of its own, on which no resolver listens. Sockets bound there take the job's queries and pass them
+to the host's, byte by byte, UDP and TCP. Nothing is parsed. Those queries do not cross the pipe and are not billed.
+Resolvers with any other address are reached through the pipe like everything else. man 5 resolv.conf.
+"""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from typing import Self
+
+from acctd.kernel import netns
+
+PORT = 53
+_ANSWER_WITHIN = 10.0  # s; resolvers give up after 5
+_AT_ONCE = 256  # queries and connections under way; more are dropped, as a busy resolver would
+
+Address = IPv4Address | IPv6Address
+
+
+# /etc/resolv.conf, as systemd-resolved writes it:
+#   nameserver 127.0.0.53
+#   options edns0 trust-ad
+#   search example.org
+def loopback_servers(text: str) -> list[Address]:
+    """The nameservers in a resolv.conf that only the host itself can reach. Unreadable lines are skipped."""
+    found: list[Address] = []
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) >= 2 and words[0] == "nameserver":
+            try:
+                address = ip_address(words[1].partition("%")[0])
+            except ValueError:
+                continue
+            if address.is_loopback and address not in found:
+                found.append(address)
+    # Without any nameserver line, libc asks 127.0.0.1.
+    if not any(line.split()[:1] == ["nameserver"] for line in text.splitlines()):
+        return [IPv4Address("127.0.0.1")]
+    return found
+
+
+def host_servers(resolv_conf: Path = Path("/etc/resolv.conf")) -> list[Address]:
+    """Loopback nameservers of this host."""
+    try:
+        return loopback_servers(resolv_conf.read_text(errors="replace"))
+    except FileNotFoundError:
+        return loopback_servers("")
+
+
+class Relay:
+    """Passes a job's queries on while it lives, on a thread of its own. Use as a context manager."""
+
+    def __init__(self, namespace: int, servers: Iterable[Address]) -> None:
+        self._servers = list(servers)
+        self._bound = netns.inside(namespace, self._bind) if self._servers else []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self._bound:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._run, args=(self._loop,), name="resolver relay", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._loop is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+        for _server, udp, tcp in self._bound:
+            udp.close()
+            tcp.close()
+
+    def _bind(self) -> list[tuple[Address, socket.socket, socket.socket]]:
+        bound = []
+        for server in self._servers:
+            family = socket.AF_INET if server.version == 4 else socket.AF_INET6
+            udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            tcp = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            for bind in (udp, tcp):
+                bind.bind((str(server), PORT))
+                bind.setblocking(False)
+            tcp.listen(64)
+            bound.append((server, udp, tcp))
+        return bound
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        room = asyncio.Semaphore(_AT_ONCE)
+        tasks = []
+        for server, udp, tcp in self._bound:
+            tasks += [loop.create_task(_serve_udp(server, udp, room)), loop.create_task(_serve_tcp(server, tcp, room))]
+        loop.run_forever()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+
+
+async def _serve_udp(server: Address, inside: socket.socket, room: asyncio.Semaphore) -> None:
+    loop = asyncio.get_running_loop()
+    under_way: set[asyncio.Task[None]] = set()
+    while True:
+        query, client = await loop.sock_recvfrom(inside, 65535)
+        if not room.locked():
+            task = loop.create_task(_ask(server, inside, query, client, room))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+
+
+async def _ask(server: Address, inside: socket.socket, query: bytes, client: object, room: asyncio.Semaphore) -> None:
+    loop = asyncio.get_running_loop()
+    family = socket.AF_INET if server.version == 4 else socket.AF_INET6
+    async with room:
+        with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as outside:
+            try:
+                await loop.sock_connect(outside, (str(server), PORT))
+                await loop.sock_sendall(outside, query)
+                answer = await asyncio.wait_for(loop.sock_recv(outside, 65535), _ANSWER_WITHIN)
+                await loop.sock_sendto(inside, answer, client)  # type: ignore[arg-type]  # the address recvfrom gave
+            except (OSError, TimeoutError):
+                return  # no answer is what the job would see of a silent resolver; it asks again
+
+
+async def _serve_tcp(server: Address, listener: socket.socket, room: asyncio.Semaphore) -> None:
+    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            if room.locked():
+                return
+            async with room:
+                there_reader, there_writer = await asyncio.open_connection(str(server), PORT)
+                try:
+                    await asyncio.gather(_copy(reader, there_writer), _copy(there_reader, writer))
+                finally:
+                    there_writer.close()
+        except OSError:
+            return  # the host's resolver takes no TCP, or one side hung up: closing tells the other
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(connection, sock=listener) as served:
+        await served.serve_forever()
+
+
+async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    while data := await asyncio.wait_for(source.read(65536), 60.0):
+        sink.write(data)
+        await sink.drain()
+    sink.write_eof()

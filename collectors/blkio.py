@@ -1,0 +1,138 @@
+"""Block I/O of one job, per device "major:minor", from the blkio (v1) or io (v2) controller.
+
+Reads only: arming the throttle counters, which count nothing on recent kernels before, is the cgroup driver's. It does
+not sum over devices either: a loop device's or a device-mapper volume's I/O is also counted on the disk below it.
+Kernel docs: admin-guide/cgroup-v1/blkio-controller.rst, admin-guide/cgroup-v2.rst ("IO Interface Files"),
+block/bfq-iosched.rst.
+
+v1 can count the same I/O of a disk up to three times, in files of different names:
+
+- `blkio.throttle.*`: I/O as submitted, whatever the disk's scheduler; once armed. Not recursive on old kernels.
+- `blkio.bfq.*`: requests as bfq handled them, after merging; disks scheduled by bfq only.
+- `blkio.io_*`: the same for CFQ, gone since 5.0.
+
+Each device's number is the **highest** of those that count it. They describe the same I/O, so their sum would be
+double, and each misses some of it: throttle what came before arming and, on old kernels, nested cgroups; a scheduler
+what ran under another one. The highest has missed least. Nor does it matter which source was taken before: each
+only grows, hence so does the highest, also when a disk is armed or changes its scheduler half-way through a job
+and over a restart of the agent, where "throttle if it is not 0, else the scheduler" would fall back to nearly nothing
+on the day the disk is armed. The price: operations are submissions where throttle leads, and merged requests where not.
+"""
+
+from acctd.kernel.cgroupfs import CgroupDir
+from acctd.metrics import (
+    BLOCK_DISCARD_BYTES,
+    BLOCK_READ_BYTES,
+    BLOCK_READS,
+    BLOCK_WRITE_BYTES,
+    BLOCK_WRITES,
+    Metric,
+    Readings,
+)
+from collectors.parse import MalformedFile, Parser, number
+from collectors.reader import Reader, present
+
+METRICS = (BLOCK_READ_BYTES, BLOCK_WRITE_BYTES, BLOCK_READS, BLOCK_WRITES, BLOCK_DISCARD_BYTES)
+
+_BYTES = {b"Read": BLOCK_READ_BYTES, b"Write": BLOCK_WRITE_BYTES, b"Discard": BLOCK_DISCARD_BYTES}
+_OPERATIONS = {b"Read": BLOCK_READS, b"Write": BLOCK_WRITES}
+
+# Without and with "_recursive", which alone knows nested cgroups and is taken where the kernel has it.
+_V1: tuple[tuple[str, dict[bytes, Metric]], ...] = (
+    ("blkio.throttle.io_service_bytes", _BYTES),
+    ("blkio.throttle.io_serviced", _OPERATIONS),
+    ("blkio.bfq.io_service_bytes", _BYTES),
+    ("blkio.bfq.io_serviced", _OPERATIONS),
+    ("blkio.io_service_bytes", _BYTES),
+    ("blkio.io_serviced", _OPERATIONS),
+)
+
+_IO_STAT = {
+    b"rbytes": BLOCK_READ_BYTES,
+    b"wbytes": BLOCK_WRITE_BYTES,
+    b"rios": BLOCK_READS,
+    b"wios": BLOCK_WRITES,
+    b"dbytes": BLOCK_DISCARD_BYTES,
+}
+
+
+# blkio.throttle.io_service_bytes, v1 (6.18). Old kernels have no Discard line; before any I/O the last line is all:
+#   254:0 Read 192512
+#   254:0 Write 121634816
+#   254:0 Sync 209907712
+#   254:0 Async 16777216
+#   254:0 Discard 104857600
+#   254:0 Total 226684928
+#   Total 226684928
+def parse_blkio(text: bytes, path: str, metrics: dict[bytes, Metric]) -> Readings:
+    """Any of v1's per-device files. `metrics` says which operation becomes which metric; bytes or operations."""
+    readings: Readings = {}
+    for line in text.split(b"\n"):
+        words = line.split(b" ")
+        if len(words) < 2 or (metric := metrics.get(words[1])) is None:
+            continue
+        if len(words) != 3:
+            raise MalformedFile(path, line)
+        readings[metric, _device(words[0], path, line)] = number(words[2], path, line)
+    return readings
+
+
+# io.stat, v2 (6.1). A device may stand alone, and 5.x kernels then forget the line's end; io.cost and others add keys
+# and words of their own:
+#   254:0 rbytes=10489856 wbytes=20971520 rios=164 wios=170 dbytes=0 dios=0
+#   7:0 254:16 rbytes=4096 wbytes=0 rios=1 wios=0 dbytes=0 dios=0 cost.usage=42
+def parse_io_stat(text: bytes, path: str) -> Readings:
+    """v2's io.stat: bytes and operations."""
+    readings: Readings = {}
+    for line in text.split(b"\n"):
+        device = b""
+        for word in line.split(b" "):
+            key, equals, value = word.partition(b"=")
+            if not equals:
+                device = word if b":" in word else device
+            elif (metric := _IO_STAT.get(key)) is not None:
+                readings[metric, _device(device, path, line)] = number(value, path, line)
+    return readings
+
+
+class BlkioReader(Reader):
+    """Reads one job's block I/O: `directory` is its cgroup in the blkio hierarchy (v1) or the unified one (v2)."""
+
+    def __init__(self, directory: CgroupDir) -> None:
+        if directory.has("io.stat"):
+            super().__init__(present(directory, [("io.stat", parse_io_stat)]))
+            return
+        files = []
+        for name, metrics in _V1:
+            recursive = f"{name}_recursive"
+            files.append((recursive if directory.has(recursive) else name, _remembering(metrics)))
+        super().__init__(present(directory, files))
+
+    def _merge(self) -> Readings:
+        merged: Readings = {}
+        for source in self._sources:
+            for key, value in source.readings.items():
+                if value >= merged.get(key, 0):
+                    merged[key] = value
+        return merged
+
+
+def _remembering(metrics: dict[bytes, Metric]) -> Parser:
+    """parse_blkio that keeps a device's last numbers once its lines go: they do when the disk changes its scheduler,
+    and the highest of the others may be lower. What was done remains done.
+    """
+    seen: Readings = {}
+
+    def parse(text: bytes, path: str) -> Readings:
+        seen.update(parse_blkio(text, path, metrics))
+        return seen.copy()
+
+    return parse
+
+
+def _device(word: bytes, path: str, line: bytes) -> str:
+    """A label from b"8:0"."""
+    major, _, minor = word.partition(b":")
+    if major.isdigit() and minor.isdigit():
+        return word.decode()
+    raise MalformedFile(path, line)

@@ -1,0 +1,49 @@
+"""Processes and threads of one job, from the pids controller of either hierarchy.
+
+Reads only, and counts only: who the processes are is no matter here. Kernel docs: admin-guide/cgroup-v1/pids.rst,
+admin-guide/cgroup-v2.rst ("PID Interface Files"). Older kernels have no `pids.peak`: there the number of the moment
+is emitted as the peak, of which the meter keeps the highest.
+"""
+
+from acctd.kernel.cgroupfs import CgroupDir
+from acctd.metrics import PIDS, PIDS_PEAK, PIDS_REFUSED, Readings
+from collectors.parse import parse_named, parse_number
+from collectors.reader import Reader, present
+
+METRICS = (PIDS, PIDS_PEAK, PIDS_REFUSED)
+
+
+# pids.current:
+#   3
+def parse_pids_current(text: bytes, path: str) -> Readings:
+    """Tasks now."""
+    return {(PIDS, ""): parse_number(text, path)}
+
+
+def parse_pids_current_as_peak(text: bytes, path: str) -> Readings:
+    """Tasks now, standing in for pids.peak too."""
+    now = parse_number(text, path)
+    return {(PIDS, ""): now, (PIDS_PEAK, ""): now}
+
+
+# pids.peak:
+#   3
+def parse_pids_peak(text: bytes, path: str) -> Readings:
+    """Most tasks there ever were."""
+    return {(PIDS_PEAK, ""): parse_number(text, path)}
+
+
+# pids.events; `max` is the line's name:
+#   max 0
+def parse_pids_events(text: bytes, path: str) -> Readings:
+    """Forks refused by the limit."""
+    return parse_named(text, path, {b"max": PIDS_REFUSED})
+
+
+class PidsReader(Reader):
+    """Reads one job's task counts: `directory` is its cgroup in the pids hierarchy (v1) or the unified one (v2)."""
+
+    def __init__(self, directory: CgroupDir) -> None:
+        current = parse_pids_current if directory.has("pids.peak") else parse_pids_current_as_peak
+        files = (("pids.current", current), ("pids.peak", parse_pids_peak), ("pids.events", parse_pids_events))
+        super().__init__(present(directory, files))

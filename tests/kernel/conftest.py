@@ -1,0 +1,122 @@
+"""A node of its own for every test: namespaces, state directory, cgroup base; and what must be gone afterwards."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acctd.cgroup.layout import discover
+from acctd.ledger import FILE, Ledger
+from lab.topology import Topology
+
+REPO = Path(__file__).parents[2]
+_serial = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def topology() -> Iterator[Topology]:
+    with Topology() as made:
+        yield made
+
+
+@dataclass
+class Node:
+    """acctd as an admin has it: a configuration file and a command, inside the lab's node namespace."""
+
+    topology: Topology
+    directory: Path
+    base: str
+    config: Path
+
+    def argv(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "acctd", *arguments]
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {**os.environ, "ACCTD_CONFIG": str(self.config), "PYTHONPATH": str(REPO)}
+
+    def acctd(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run acctd on the node; its exit status is the test's to judge."""
+        options.setdefault("capture_output", True)
+        options.setdefault("timeout", 120)
+        options.setdefault("env", self.environ)
+        return self.topology.run(self.topology.node, self.argv(*arguments), check=False, text=True, **options)
+
+    def job(self, *arguments: str, **options: Any) -> dict[str, Any]:
+        """Run a job that must succeed; gives its record."""
+        path = self.directory / f"record-{next(_serial)}.json"
+        done = self.acctd("run", "-q", "--json", str(path), *arguments, **options)
+        assert done.returncode == 0, done.stderr
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record
+
+    def python(self, code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run Python with acctd importable, on the node."""
+        argv = [sys.executable, "-c", code, *arguments]
+        options.setdefault("timeout", 300)
+        return self.topology.run(
+            self.topology.node, argv, check=False, text=True, capture_output=True, env=self.environ, **options
+        )
+
+    def left(self) -> dict[str, Any]:
+        """All that a job could leave behind, in a form that can be compared."""
+        cgroups = [str(p) for h in discover().hierarchies if (p := h.top.path / self.base).exists()]
+        links = self.topology.run(self.topology.node, ["ip", "-o", "link"], text=True, capture_output=True).stdout
+        runtime = self.directory / "run" / "netns"
+        with Ledger(self.directory / "state" / FILE) as ledger:
+            leases = [job.slot for job in ledger.open_jobs()]
+        return {
+            "cgroups": cgroups,
+            "links": sorted(line.split(":")[1].split("@")[0].strip() for line in links.splitlines()),
+            "namespaces": sorted(os.listdir(runtime)) if runtime.exists() else [],
+            "rules": self._rules(),
+            "leases": leases,
+            "connections": self._connections(),
+        }
+
+    def _rules(self) -> list[str]:
+        text = ""
+        for save in (["nft", "list", "ruleset"], ["iptables-legacy-save"], ["ip6tables-legacy-save"]):
+            text += self.topology.run(self.topology.node, save, text=True, capture_output=True).stdout
+        return [line for line in text.splitlines() if "acctd" in line.lower() or "JOB_" in line or "10.181" in line]
+
+    def _connections(self) -> list[str]:
+        with self.topology.enter(self.topology.node):
+            path = Path("/proc/thread-self/net/nf_conntrack")
+            return [line for line in path.read_text().splitlines() if "10.181." in line] if path.exists() else []
+
+
+NOTHING = {"cgroups": [], "namespaces": [], "rules": [], "leases": [], "connections": []}
+
+
+@pytest.fixture
+def node(topology: Topology, tmp_path: Path) -> Iterator[Node]:
+    """A node; a test that leaves something behind fails here, whatever else it tested."""
+    yield from make_node(topology, tmp_path)
+
+
+@pytest.fixture(params=["nftables", "iptables"])
+def each_backend(request: pytest.FixtureRequest, topology: Topology, tmp_path: Path) -> Iterator[Node]:
+    """A node with either netfilter back end."""
+    yield from make_node(topology, tmp_path, backend=request.param)
+
+
+def make_node(topology: Topology, directory: Path, backend: str = "auto") -> Iterator[Node]:
+    base = f"acctdtest-{os.getpid()}-{next(_serial)}"
+    config = directory / "acctd.toml"
+    config.write_text(
+        f'state_dir = "{directory}/state"\nruntime_dir = "{directory}/run"\nsocket = "{directory}/run/s"\n'
+        f'[cgroup]\nbase = "{base}"\n[network]\nbackend = "{backend}"\n'
+    )
+    node = Node(topology, directory, base, config)
+    before = node.left()
+    yield node
+    after = node.left()
+    assert after == before | NOTHING
