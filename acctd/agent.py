@@ -21,7 +21,7 @@ from acctd.errors import AcctdError, KernelRefusedError, NotPermittedError
 from acctd.kernel import conntrack, procs
 from acctd.ledger import FILE, Ledger, OpenJob
 from acctd.meter import Meter
-from acctd.metrics import NETWORK_BYTES, NETWORK_PACKETS, Readings
+from acctd.metrics import CPU_SYSTEM, CPU_USER, NETWORK_BYTES, NETWORK_PACKETS, Readings
 from acctd.model import JobSpec, Record, chain_name
 from acctd.network import host, pipe, pool
 from acctd.network.backend import ChainPlan, Chains, Counts, Pools
@@ -293,14 +293,17 @@ class Agent:
         directory = job.cgroups.directory
         if memory := directory("memory"):
             job.readers.append(MemoryReader(memory))
-        cpuacct = directory("cpuacct")
+        # Where v2 is mounted too, its cpu.stat has the kernel's own exact split of user and system time; v1 samples it.
+        unified = job.cgroups.unified
+        cpuacct = unified if unified and unified.has("cpu.stat") else directory("cpuacct")
         if cpu := directory("cpu") or cpuacct:
-            job.readers.append(CpuReader(cpu=cpu, cpuacct=cpuacct or cpu))
+            last = job.meter.last((CPU_USER, CPU_SYSTEM))
+            job.readers.append(CpuReader(cpu=cpu, cpuacct=cpuacct or cpu, last=last))
         if blkio := directory("blkio"):
             job.readers.append(BlkioReader(blkio))
         if pids := directory("pids"):
             job.readers.append(PidsReader(pids))
-        if unified := job.cgroups.unified:
+        if unified:
             job.readers.append(PressureReader(unified))
         job.seen = [None] * len(job.readers)
 

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import warnings  # noqa: F401  # os.execvp loads it when called; the owner may not be able to read Python's library then
 
 EXIT_USAGE = 64
 EXIT_LAUNCH = 125  # as env(1) and timeout(1): the helper itself failed
@@ -47,6 +48,8 @@ def main() -> None:
 def launch(plan: dict, command: list[str]) -> int:  # type: ignore[type-arg]  # JSON as it came
     """Follow the plan and become the command. Returns an exit code only if that fails."""
     what = "enter the job's network"
+    # It came through one exec and must not come through the next: its closing says that the command runs.
+    os.set_inheritable(plan["status"], False)
     try:
         if plan["netns"] is not None:
             _setns(plan["netns"])

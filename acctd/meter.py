@@ -6,7 +6,7 @@ counted is kept and counting goes on from there.
 
 from collections.abc import Mapping
 
-from acctd.metrics import BY_NAME, Key, Readings
+from acctd.metrics import BY_NAME, Key, Metric, Readings
 
 State = dict[str, dict[str, int]]
 """Metric name -> label -> value: how totals are stored and published."""
@@ -39,6 +39,10 @@ class Meter:
                     kept[key] = before
                     total = before + value
                 totals[key] = total
+
+    def last(self, metrics: tuple[Metric, ...]) -> Readings:
+        """What the kernel's counters stood at when last read, for a reader that must go on from there."""
+        return {key: total - self._kept.get(key, 0) for key, total in self.totals.items() if key[0] in metrics}
 
     def published(self) -> State:
         """Counters and peaks, for the record; a gauge says nothing about a job that has ended."""

@@ -92,8 +92,11 @@ class JobSpec:
     def __post_init__(self) -> None:
         check_job_id(self.id)
         check_classes(self.classes)
+        folded: dict[str, str] = {}
         for key, value in self.tags.items():
             check_tag(key, value)
+            if (other := folded.setdefault(key.lower(), key)) != key:
+                raise UsageError(f"tags {other} and {key} differ in case only, which a ClassAd cannot tell; rename one")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +147,7 @@ def parse_class(name: str, cidrs: list[str]) -> DestinationClass:
         raise UsageError(
             f"class name {name!r} is not usable; it takes a capital letter, then letters and digits, 32 at most"
         )
-    if name == REMAINDER:
+    if name.lower() == REMAINDER.lower():
         raise UsageError(f"class {name}: this name stands for whatever no class contains; choose another")
     if not cidrs:
         raise UsageError(f"class {name} is empty; give it at least one network, like 10.0.0.0/8")
@@ -174,9 +177,10 @@ def check_classes(classes: tuple[DestinationClass, ...]) -> None:
     owners: dict[Network, str] = {}
     names: set[str] = set()
     for cls in classes:
-        if cls.name in names:
+        # In any case: the name becomes part of a ClassAd attribute, and those ignore it.
+        if cls.name.lower() in names:
             raise UsageError(f"class {cls.name} is given twice; join its networks with commas")
-        names.add(cls.name)
+        names.add(cls.name.lower())
         for network in cls.networks:
             if network in owners:
                 raise UsageError(f"network {network} is in class {owners[network]} and in class {cls.name}; choose one")

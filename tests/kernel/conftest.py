@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from acctd.cgroup.driver import JobCgroups
 from acctd.cgroup.layout import discover
+from acctd.kernel.cgroupfs import CgroupDir
 from acctd.ledger import FILE, Ledger
 from lab.topology import Topology
 
@@ -20,10 +22,29 @@ REPO = Path(__file__).parents[2]
 _serial = itertools.count()
 
 
+BASE = "acctdtest-"
+
+
 @pytest.fixture(scope="session")
 def topology() -> Iterator[Topology]:
+    for hierarchy in discover().hierarchies:
+        for cgroup in hierarchy.top.children():
+            owner = cgroup.path.name.removeprefix(BASE).partition("-")[0]
+            if cgroup.path.name.startswith(BASE) and not Path("/proc", owner).exists():
+                scrub(cgroup.path.name)  # of a test run that was killed
     with Topology() as made:
         yield made
+
+
+def scrub(base: str) -> None:
+    """End and remove whatever is left below a base of ours: after a failed test, the next one starts clean."""
+    for hierarchy in discover().hierarchies:
+        top = CgroupDir(hierarchy.top.mount, (base,))
+        for name in {cgroup.path.name for cgroup in top.children()}:
+            job = JobCgroups(discover(), base, name)
+            job.kill()
+            job.remove()
+        top.remove()
 
 
 @dataclass
@@ -109,7 +130,7 @@ def each_backend(request: pytest.FixtureRequest, topology: Topology, tmp_path: P
 
 
 def make_node(topology: Topology, directory: Path, backend: str = "auto") -> Iterator[Node]:
-    base = f"acctdtest-{os.getpid()}-{next(_serial)}"
+    base = f"{BASE}{os.getpid()}-{next(_serial)}"
     config = directory / "acctd.toml"
     config.write_text(
         f'state_dir = "{directory}/state"\nruntime_dir = "{directory}/run"\nsocket = "{directory}/run/s"\n'
@@ -117,6 +138,9 @@ def make_node(topology: Topology, directory: Path, backend: str = "auto") -> Ite
     )
     node = Node(topology, directory, base, config)
     before = node.left()
-    yield node
-    after = node.left()
-    assert after == before | NOTHING
+    try:
+        yield node
+        after = node.left()
+        assert after == before | NOTHING
+    finally:
+        scrub(base)
