@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from acctd.cgroup.driver import JobCgroups, arm_block_counters
+from acctd.cgroup.driver import JobCgroups, arm_block_counters, sweep_sentinels
 from acctd.cgroup.layout import Layout, discover
 from acctd.config import Config
-from acctd.errors import AcctdError, KernelRefusedError, NotPermittedError
+from acctd.errors import AcctdError, InUseError, KernelRefusedError, NotPermittedError
 from acctd.kernel import conntrack, procs
 from acctd.ledger import FILE, Ledger, OpenJob
 from acctd.meter import Meter
@@ -123,6 +123,10 @@ class Agent:
                 job.namespace = pipe.make_empty(self._netns(job))
             self._count_block_io()
             self._open_readers(job)
+        except InUseError:
+            # A cgroup of that name is somebody else's: abandon() would end their processes.
+            self.ledger.forget(row.seq)
+            raise
         except BaseException:
             self.abandon(job)
             raise
@@ -185,6 +189,7 @@ class Agent:
         """
         written: list[Record] = []
         trouble: list[str] = []
+        sweep_sentinels(self.layout, self.config.cgroup.base)
         for row in self.ledger.open_jobs():
             if procs.is_alive(row.keeper) and row.boot_id == self._boot_id:
                 continue

@@ -55,6 +55,10 @@ def start(
             pass_fds=passed,
         )
         os.write(plan_write, json.dumps(plan).encode())
+    except OSError as e:
+        os.close(status_read)
+        # E2BIG, as a rule: the helper's own arguments come on top of the command's.
+        raise KernelRefusedError(f"cannot start a process for {command[0]!r}: {e.strerror}") from e
     finally:
         for fd in (plan_read, plan_write, status_write):
             os.close(fd)

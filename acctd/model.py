@@ -29,6 +29,8 @@ _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:+\[\]-]{0,127}\Z")
 _CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]{0,31}\Z")
 _TAG_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?\Z", re.IGNORECASE)
+# What chain_name() makes of other ids; an id that looks so itself would take another job's chain.
+_HASHED = re.compile(r"_[0-9a-f]{8}\Z")
 _CPU_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*\Z")
 
 
@@ -135,6 +137,10 @@ def check_job_id(job: str) -> str:
 
 def check_tag(key: str, value: str) -> None:
     """A tag's key becomes a ClassAd attribute; its value may be any text without NUL."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"tag {key} {value!r} is no UTF-8 text; encode it") from None
     if not _TAG_KEY.match(key):
         raise UsageError(f"tag key {key!r} is not usable; it takes letters, digits and _, 64 at most, no digit first")
     if "\0" in value or len(value) > 4096:
@@ -204,10 +210,11 @@ def parse_size(name: str, text: str) -> int:
 def chain_name(job: str) -> str:
     """The name of a job's chain: JOB_<id>, at most 28 characters (xtables' limit) of A-Z a-z 0-9 _ and '.'.
 
-    An id with other characters, or a longer one, is shortened and made unique again by a hash of the whole id.
+    An id with other characters, a longer one, or one that ends like a hash, is shortened and made unique again by a
+    hash of the whole id.
     """
     plain = re.sub(r"[^A-Za-z0-9_.]", "_", job)
-    if plain == job and len(job) <= 24:
+    if plain == job and len(job) <= 24 and not _HASHED.search(job):
         return f"JOB_{job}"
     return f"JOB_{plain[:15]}_{hashlib.sha256(job.encode()).hexdigest()[:8]}"
 

@@ -17,6 +17,7 @@ from acctd.kernel.cgroupfs import CgroupDir, checked_parts
 from acctd.model import Limits
 
 _V1_THROTTLE = "blkio.throttle.write_bps_device"
+_SENTINEL = "sentinel"
 _SENTINEL_BPS = 18446744073709551614
 """One below the kernel's "no rule": a limit no disk reaches, whose presence alone makes the counters count."""
 
@@ -49,11 +50,17 @@ class JobCgroups:
         """Make, mark and limit all directories; on failure nothing of this job is left. InUseError if one exists."""
         for _, directory in self.all():
             if directory.exists():
-                raise InUseError(f"cgroup {directory.path} exists already; finish that job or choose another id")
+                raise _taken(directory)
+        begun: list[Hierarchy] = []
         try:
-            for hierarchy, _ in self.all():
+            for hierarchy in self.layout.hierarchies:
+                begun.append(hierarchy)
                 self._make(hierarchy)
             self._limit(limits)
+        except InUseError:
+            # Somebody was quicker in the last one: that is theirs, and only what we made before it goes.
+            JobCgroups(Layout(tuple(begun[:-1])), self.base, self.name).remove()
+            raise
         except BaseException:
             self.remove()
             raise
@@ -76,8 +83,8 @@ class JobCgroups:
         pause = 0.0005
         while pids := self._living():
             freezer = self.layout.of("freezer")
-            if freezer is not None and freezer.version == 1:
-                self._freeze_kill_thaw(freezer.job(self.base, self.name))
+            if freezer is not None and freezer.version == 1 and (frozen := freezer.job(self.base, self.name)).exists():
+                self._freeze_kill_thaw(frozen)
             elif (unified := self.unified) is not None and unified.has("cgroup.kill"):
                 unified.write("cgroup.kill", "1")
             else:
@@ -109,18 +116,21 @@ class JobCgroups:
     def _make(self, hierarchy: Hierarchy) -> None:
         parts = checked_parts(self.base)
         # A finishing neighbour may take an empty base away between our two mkdirs: then begin again.
+        ours = False
         for _ in range(100):
             directory = hierarchy.top
             try:
                 for part in parts:
                     _delegate(hierarchy, directory)
                     directory = directory.child(part)
-                    if directory.make():
-                        _settle(hierarchy, directory)
+                    # Settled even if it was there: its maker, a neighbour or an admin, may not have come to that yet.
+                    _settle(hierarchy, directory, fresh=directory.make())
                 _delegate(hierarchy, directory)
                 directory = directory.child(self.name)
-                directory.make()
-                _settle(hierarchy, directory)
+                ours = directory.make() or ours
+                if not ours:
+                    raise _taken(directory)
+                _settle(hierarchy, directory, fresh=True)
             except FileNotFoundError:
                 continue
             except KernelRefusedError as e:
@@ -138,14 +148,30 @@ class JobCgroups:
         settings = limit_files.v1_settings(limits) if version == 1 else limit_files.v2_settings(limits)
         limit_files.apply(settings, self.directory)
 
-    @staticmethod
-    def _freeze_kill_thaw(directory: CgroupDir) -> None:
+    def _freeze_kill_thaw(self, directory: CgroupDir) -> None:
         directory.write("freezer.state", "FROZEN")
         try:
-            for cgroup in directory.subtree():
-                _kill_all(cgroup.procs())
+            # Of all hierarchies: a process may have left this one.
+            _kill_all(self.procs())
         finally:
-            directory.write("freezer.state", "THAWED")
+            # Each of them: one that the job has frozen by itself stays so when only its parent thaws.
+            for cgroup in reversed(list(directory.subtree())):
+                try:
+                    cgroup.write("freezer.state", "THAWED")
+                except KernelRefusedError:
+                    if cgroup.exists():
+                        raise
+
+
+def sweep_sentinels(layout: Layout, base: str) -> None:
+    """Remove the sentinel cgroups of agents that died between making and removing theirs."""
+    hierarchy = layout.of("blkio")
+    if hierarchy is None or hierarchy.version != 1:
+        return
+    for cgroup in hierarchy.job(base, "x").parent.children():
+        prefix, _, pid = cgroup.parts[-1].partition("-")
+        if prefix == _SENTINEL and pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
+            JobCgroups(Layout((hierarchy,)), base, cgroup.parts[-1]).remove()
 
 
 def arm_block_counters(layout: Layout, base: str, devices: list[str]) -> list[str]:
@@ -157,7 +183,7 @@ def arm_block_counters(layout: Layout, base: str, devices: list[str]) -> list[st
     hierarchy = layout.of("blkio")
     if hierarchy is None or hierarchy.version != 1:
         return []
-    sentinel = JobCgroups(Layout((hierarchy,)), base, f"sentinel-{os.getpid()}")
+    sentinel = JobCgroups(Layout((hierarchy,)), base, f"{_SENTINEL}-{os.getpid()}")
     armed = []
     try:
         sentinel._make(hierarchy)
@@ -196,7 +222,11 @@ def _delegate(hierarchy: Hierarchy, directory: CgroupDir) -> None:
         raise
 
 
-def _settle(hierarchy: Hierarchy, directory: CgroupDir) -> None:
+def _taken(directory: CgroupDir) -> InUseError:
+    return InUseError(f"cgroup {directory.path} exists already; finish that job or choose another id")
+
+
+def _settle(hierarchy: Hierarchy, directory: CgroupDir, *, fresh: bool) -> None:
     """v1: a fresh cpuset has no cpus and no mems and takes no task: give it its parent's. Memory sums over children."""
     if hierarchy.version == 2:
         return
@@ -204,7 +234,7 @@ def _settle(hierarchy: Hierarchy, directory: CgroupDir) -> None:
         for file in ("cpuset.cpus", "cpuset.mems"):
             if not (directory.read(file) or b"").strip():
                 directory.write(file, (directory.parent.read(file) or b"").decode().strip())
-    if "memory" in hierarchy.controllers and (directory.read("memory.use_hierarchy") or b"1").strip() == b"0":
+    if fresh and "memory" in hierarchy.controllers and (directory.read("memory.use_hierarchy") or b"1").strip() == b"0":
         directory.write("memory.use_hierarchy", "1")
 
 

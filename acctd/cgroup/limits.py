@@ -8,7 +8,7 @@ import mmap
 from collections.abc import Callable
 from typing import NamedTuple
 
-from acctd.errors import KernelRefusedError, UnavailableError
+from acctd.errors import KernelRefusedError, NotPermittedError, UnavailableError
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.model import Limits
 
@@ -94,7 +94,8 @@ def apply(settings: list[Setting], directory: Callable[[str], CgroupDir | None])
             )
         try:
             where.write(setting.file, setting.value)
-        except KernelRefusedError as e:
+        except (KernelRefusedError, NotPermittedError) as e:
+            # EACCES too: v1's answer to CPUs outside the parent's, whoever asks.
             raise KernelRefusedError(
                 f"{setting.limit}: {e}; it may be below what is in use or outside the parent's"
             ) from e

@@ -121,7 +121,7 @@ def _owner(user: str | None) -> tuple[Owner, list[int], dict[str, str]]:
     if user is None:
         return _named(os.getuid(), os.getgid()), os.getgroups(), environ
     try:
-        entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+        entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
     except (KeyError, OverflowError):
         raise NotFoundError(f"user {user!r} does not exist on this host; name one that does") from None
     environ |= {"HOME": entry.pw_dir, "SHELL": entry.pw_shell, "USER": entry.pw_name, "LOGNAME": entry.pw_name}

@@ -22,6 +22,7 @@ _TAKEN = _FORWARDED | {signal.SIGCHLD, signal.SIGTSTP, signal.SIGTTOU}
 _SI_KERNEL = 0x80
 _FIRST_POLL = 0.001  # s after the start
 _LIVE_EVERY = 1.0  # s
+_STORE_EVERY = 1.0  # s at least between two stores: each waits for the disk
 
 
 class Signals:
@@ -81,7 +82,7 @@ def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None) -> int:
     """
     interval = agent.config.poll_interval
     started = time.monotonic()
-    step, next_poll = _FIRST_POLL, started + _FIRST_POLL
+    step, next_poll, stored = _FIRST_POLL, started + _FIRST_POLL, started
     while True:
         due = [next_poll] + ([at] if live and (at := live.due()) is not None else [])
         event = signal.sigtimedwait(_TAKEN, max(0.0, min(due) - time.monotonic()))
@@ -96,8 +97,9 @@ def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None) -> int:
         now = time.monotonic()
         if now >= next_poll:
             agent.poll([job])
-            if step >= 1.0:
+            if now - stored >= _STORE_EVERY:
                 agent.store(job)
+                stored = now
             step = min(step * 2, interval)
             next_poll = now + step
         if live and (at := live.due()) is not None and now >= at:

@@ -23,7 +23,7 @@ def checked_parts(path: str) -> tuple[str, ...]:
     """The components of a relative cgroup path. Raises UsageError for anything that could leave the hierarchy."""
     parts = tuple(path.split("/"))
     for part in parts:
-        if part in ("", ".", "..") or "\0" in part or "\n" in part or len(part.encode()) > 255:
+        if part in ("", ".", "..") or "\0" in part or "\n" in part or len(os.fsencode(part)) > 255:
             raise UsageError(
                 f"cgroup path {path!r}: {part!r} cannot be a directory name; use plain names joined by '/'"
             )
@@ -191,9 +191,12 @@ class CgroupDir:
         yield self
 
     def procs(self) -> list[int]:
-        """Pids in this cgroup alone, read afresh: a kept descriptor on v1's cgroup.procs can be stale for seconds."""
+        """Pids in this cgroup alone, read afresh: a kept descriptor on v1's cgroup.procs can be stale for seconds.
+
+        v2 shows a process outside our PID namespace as 0, which to kill(2) means the caller's own group: left out.
+        """
         text = self.read("cgroup.procs")
-        return [int(line) for line in text.split()] if text else []
+        return [pid for line in text.split() if (pid := int(line))] if text else []
 
     def _file(self, name: str) -> str:
         if "/" in name or name in ("", ".", ".."):

@@ -14,6 +14,7 @@ import pytest
 
 from acctd.cgroup.driver import JobCgroups
 from acctd.cgroup.layout import discover
+from acctd.kernel import netns
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.ledger import FILE, Ledger
 from lab.topology import Topology
@@ -144,3 +145,5 @@ def make_node(topology: Topology, directory: Path, backend: str = "auto") -> Ite
         assert after == before | NOTHING
     finally:
         scrub(base)
+        for path in (directory / "run" / "netns").glob("*"):
+            netns.remove(path)

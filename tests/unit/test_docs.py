@@ -1,0 +1,42 @@
+"""Pages that are made from the code, held against the code."""
+
+import re
+from pathlib import Path
+
+from exporters.reference import markdown
+
+REPO = Path(__file__).parents[2]
+
+
+def test_the_metrics_page_is_the_catalogue() -> None:
+    assert (REPO / "docs" / "metrics.md").read_text() == markdown(), "run: make docs"
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    for page in [*REPO.glob("*.md"), *REPO.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_imports_point_down() -> None:
+    floor = {
+        "acctd.errors": 0, "acctd.model": 0, "acctd.metrics": 0, "acctd.kernel": 1, "collectors": 2, "acctd.cgroup": 2,
+        "acctd.network": 2, "acctd.meter": 3, "acctd.ledger": 3, "acctd.config": 3, "exporters": 4, "acctd.agent": 5,
+        "acctd.launch": 5, "acctd.cli": 6, "acctd.__main__": 7,
+    }  # fmt: skip
+
+    def place(module: str) -> int | None:
+        return next((f for name, f in floor.items() if module == name or module.startswith(f"{name}.")), None)
+
+    modules = [p for folder in ("acctd", "collectors", "exporters") for p in (REPO / folder).rglob("*.py")]
+    assert len(modules) > 40
+    for path in modules:
+        name = ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+        imported = re.findall(
+            r"^\s*(?:from|import) ((?:acctd|collectors|exporters)[\w.]*)", path.read_text(), re.MULTILINE
+        )
+        if name == "acctd.hook":
+            assert imported == [], "the hook stands apart"
+        if (own := place(name)) is not None:
+            for other in imported:
+                assert other == "acctd" or (place(other) or 0) <= own, f"{name} (floor {own}) imports {other}"
