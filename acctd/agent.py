@@ -90,7 +90,7 @@ class Agent:
         self._keeper = procs.identity(os.getpid())
         self._boot_id = procs.boot_id()
         self._chains: dict[str, Chains] = {}
-        self._armed: set[str] = set()
+        self._armed: dict[str, str] = {}  # disk -> serial number
 
     def __enter__(self) -> Self:
         return self
@@ -243,7 +243,8 @@ class Agent:
     def _plan(self, job: Job) -> ChainPlan | None:
         if job.lease is None:
             return None
-        return ChainPlan(chain_name(job.spec.id), job.lease.ifname, job.spec.classes, job.lease.inner6 is not None)
+        ipv6 = job.lease.inner6 is not None
+        return ChainPlan(chain_name(job.spec.id), job.lease.ifname, job.spec.classes, ipv6, tuple(job.lease.inner))
 
     def _lay_pipe(self, job: Job) -> None:
         plan = self._plan(job)
@@ -266,9 +267,11 @@ class Agent:
         job.close()
         plan = self._plan(job)
         if plan is not None and job.lease is not None and job.row.backend is not None:
+            # Connections first: closing a netfilter socket just after a chain's removal takes some 10 ms.
+            conntrack.forget(job.lease.inner)
             with self._network_lock():
                 self._backend(job.row.backend).remove(plan)
-            conntrack.forget(job.lease.inner)
+            pipe.forget(job.lease)
         if not job.cgroups.remove():
             raise KernelRefusedError(
                 f"the cgroups of job {job.spec.id} are still busy; the next acctd run on this node tries again"
@@ -289,10 +292,10 @@ class Agent:
 
     def _count_block_io(self) -> None:
         """Arm v1's block counters on disks that this process has not armed yet."""
-        disks = {d for d in procs.disks() if d not in self._armed}
-        if disks:
-            arm_block_counters(self.layout, self.config.cgroup.base, sorted(disks))
-            self._armed |= disks
+        disks = procs.disks()
+        if new := sorted(disk for disk, serial in disks.items() if self._armed.get(disk) != serial):
+            arm_block_counters(self.layout, self.config.cgroup.base, new)
+        self._armed = disks
 
     def _open_readers(self, job: Job) -> None:
         directory = job.cgroups.directory

@@ -5,11 +5,12 @@ itself, becomes the job's owner, and then becomes the command. It joins after it
 a cgroup which is out of memory before exec would hang together with its parent. Nothing here is imported by the agent,
 and nothing of the agent is imported here: a job waits for every module that this file loads.
 
-The plan is one JSON object on the descriptor: {"netns": fd or null, "procs": [path...], "uid", "gid", "groups",
+The plan is one JSON object on the descriptor: {"netns": fd or null, "join": [[fd, path]...], "uid", "gid", "groups",
 "blocked": [signal...], "status": fd}. On failure one JSON object {"what", "errno"} goes to `status`; a successful exec
 closes it without a word.
 """
 
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ EXIT_LAUNCH = 125  # as env(1) and timeout(1): the helper itself failed
 EXIT_CANNOT_EXECUTE = 126
 EXIT_NOT_FOUND = 127
 _CLONE_NEWNET = 0x40000000
+_PLAN = {"netns", "join", "uid", "gid", "groups", "blocked", "status"}
 
 USAGE = "usage: acctd-hook exec --plan-fd N -- COMMAND..."
 
@@ -39,6 +41,8 @@ def main() -> None:
     try:
         with open(int(arguments[2]), "rb") as stream:
             plan = json.load(stream)
+        if not isinstance(plan, dict) or not plan.keys() >= _PLAN:
+            raise ValueError(f"it needs {', '.join(sorted(_PLAN))}")
     except (OSError, ValueError) as e:
         sys.stderr.write(f"acctd-hook: no plan on descriptor {arguments[2]}: {e}; acctd run makes one\n")
         sys.exit(EXIT_USAGE)
@@ -57,9 +61,10 @@ def launch(plan: dict, command: list[str]) -> int:  # type: ignore[type-arg]  # 
         what = "become the job's owner"
         # Groups need privilege and so does joining; the cgroups come last, so that little of the helper is billed.
         os.setgroups(plan["groups"])
-        for path in plan["procs"]:
+        for door, path in plan["join"]:
             what = f"join {path}"
-            _join(path)
+            os.write(door, b"0")  # the writer itself, in whatever PID namespace it is
+            os.close(door)
         what = "become the job's owner"
         os.setresgid(plan["gid"], plan["gid"], plan["gid"])
         os.setresuid(plan["uid"], plan["uid"], plan["uid"])
@@ -68,20 +73,14 @@ def launch(plan: dict, command: list[str]) -> int:  # type: ignore[type-arg]  # 
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, plan["blocked"])
+        if not command[0]:
+            raise FileNotFoundError(errno.ENOENT, "an empty name")  # execvp would trip over it in its own way
         os.execvp(command[0], command)  # noqa: S606  # this is what the helper is for
     except OSError as e:
         os.write(plan["status"], json.dumps({"what": what, "errno": e.errno}).encode())
         if not what.startswith("start "):
             return EXIT_LAUNCH
         return EXIT_NOT_FOUND if isinstance(e, (FileNotFoundError, NotADirectoryError)) else EXIT_CANNOT_EXECUTE
-
-
-def _join(path: str) -> None:
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        os.write(fd, b"0")  # the writer itself, in whatever PID namespace it is
-    finally:
-        os.close(fd)
 
 
 def _setns(fd: int) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from acctd.agent import Job
@@ -34,34 +35,33 @@ def start(
     Raises CommandError where the command is missing or cannot be executed, KernelRefusedError where joining failed;
     the helper is gone then.
     """
-    plan_read, plan_write = os.pipe2(os.O_CLOEXEC)
-    status_read, status_write = os.pipe2(os.O_CLOEXEC)
-    owner = job.spec.owner
-    plan = {
-        "netns": job.namespace,
-        "procs": job.cgroups.procs_files(),
-        "uid": owner.uid,
-        "gid": owner.gid,
-        "groups": list(groups),
-        "blocked": [int(number) for number in blocked],
-        "status": status_write,
-    }
-    passed = [plan_read, status_write] + ([job.namespace] if job.namespace is not None else [])
-    try:
-        # -I -S: neither the caller's environment nor its site-packages may change what the helper does.
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_HELPER), "exec", "--plan-fd", str(plan_read), "--", *command],
-            env=dict(environ),
-            pass_fds=passed,
-        )
-        os.write(plan_write, json.dumps(plan).encode())
-    except OSError as e:
-        os.close(status_read)
-        # E2BIG, as a rule: the helper's own arguments come on top of the command's.
-        raise KernelRefusedError(f"cannot start a process for {command[0]!r}: {e.strerror}") from e
-    finally:
+    with job.cgroups.joining() as doors, ExitStack() as opened:
+        (plan_read, plan_write), (status_read, status_write) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
         for fd in (plan_read, plan_write, status_write):
-            os.close(fd)
+            opened.callback(os.close, fd)
+        owner = job.spec.owner
+        plan = {
+            "netns": job.namespace,
+            "join": list(doors.items()),
+            "uid": owner.uid,
+            "gid": owner.gid,
+            "groups": list(groups),
+            "blocked": [int(number) for number in blocked],
+            "status": status_write,
+        }
+        passed = [plan_read, status_write, *doors] + ([job.namespace] if job.namespace is not None else [])
+        try:
+            # -I -S: neither the caller's environment nor its site-packages may change what the helper does.
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_HELPER), "exec", "--plan-fd", str(plan_read), "--", *command],
+                env=dict(environ),
+                pass_fds=passed,
+            )
+        except OSError as e:
+            os.close(status_read)
+            # E2BIG, as a rule: the helper's own arguments come on top of the command's.
+            raise KernelRefusedError(f"cannot start a process for {command[0]!r}: {e.strerror}") from e
+        os.write(plan_write, json.dumps(plan).encode())
     with open(status_read, "rb") as status:
         answer = status.read()
     if answer:

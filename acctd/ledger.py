@@ -192,8 +192,9 @@ class Ledger:
 
     def records(self, limit: int | None = None) -> list[Record]:
         """The newest records, oldest first; all without a limit."""
-        rows = self._rows("SELECT body FROM record ORDER BY number DESC LIMIT ?", -1 if limit is None else limit)
-        return [msgspec.json.decode(row[0], type=Record) for row in reversed(rows)]
+        number = -1 if limit is None else limit
+        rows = self._rows("SELECT number, body FROM record ORDER BY number DESC LIMIT ?", number)
+        return [self._decoded(number, body) for number, body in reversed(rows)]
 
     def record(self, job: str) -> Record:
         """The newest record of an id. NotFoundError where there is none, AcctdError where its digest does not fit."""
@@ -204,7 +205,13 @@ class Ledger:
         before = self._row("SELECT digest FROM record WHERE number < ? ORDER BY number DESC LIMIT 1", number)
         if _digest(before[0] if before else "", body) != digest:
             raise AcctdError(f"record {number} of job {job!r} was altered after it was signed off; restore {self.path}")
-        return msgspec.json.decode(body, type=Record)
+        return self._decoded(number, body)
+
+    def _decoded(self, number: int, body: bytes) -> Record:
+        try:
+            return msgspec.json.decode(body, type=Record)
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            raise AcctdError(f"record {number} is altered beyond reading ({e}); restore {self.path}") from e
 
     def _free_slot(self, slots: range) -> int:
         taken = {row[0] for row in self._rows("SELECT slot FROM job WHERE slot IS NOT NULL")}

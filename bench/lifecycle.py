@@ -21,6 +21,7 @@ from acctd.cgroup import limits as limit_files
 from acctd.cgroup.driver import JobCgroups
 from acctd.kernel import conntrack
 from acctd.ledger import Ledger
+from acctd.model import JobSpec
 from acctd.network import pipe
 from bench.report import machine, median, spread, table
 from bench.world import LIMITS, World, settle
@@ -33,7 +34,7 @@ class Script:
     """The peer, on the iptables back end's node. Its cgroups lie below a base that is there before it is timed."""
 
     def __init__(self, world: World) -> None:
-        self._world = world
+        self.world = world
         self._serial = itertools.count(1)
         layout = world.agent.layout
         # A job's cgroups that stay empty, to give the script's a parent with controllers and a cpuset.
@@ -42,7 +43,7 @@ class Script:
 
     def close(self) -> None:
         if not self._base.remove():
-            raise RuntimeError(f"left behind: cgroups below {self._world.base}/script")
+            raise RuntimeError(f"left behind: cgroups below {self.world.base}/script")
 
     def whole_life(self, style: str) -> None:
         number = next(self._serial)
@@ -51,9 +52,9 @@ class Script:
             subprocess.run(["sh", SCRIPT, verb, style], env=environ, check=True)
 
     def _environ(self, number: int) -> dict[str, str]:
-        job = f"{self._world.base}-{number}"
+        job = f"{self.world.base}-{number}"
         mine = JobCgroups(self._base.layout, f"{self._base.base}/script", job)
-        internal = [network for cls in self._world.agent.config.network.classes for network in cls.networks]
+        internal = [network for cls in self.world.agent.config.network.classes for network in cls.networks]
         return {
             "PATH": os.environ["PATH"],
             "JOB": job,
@@ -96,7 +97,7 @@ def measure(worlds: list[World], script: Script, rounds: int) -> dict[str, list[
     times: dict[str, list[float]] = {name: [] for name in (*STYLES, *(world.backend for world in worlds))}
     for number in range(-1, rounds):  # one round to warm up
         for style in STYLES:
-            with script._world.entered():
+            with script.world.entered():
                 took = timed(lambda style=style: script.whole_life(style))  # type: ignore[misc]
             if number >= 0:
                 times[style].append(took)
@@ -114,12 +115,17 @@ def sustained(worlds: list[World], script: Script, jobs: int) -> dict[str, float
     """Jobs a second, back to back, until the kernel has finished the last one's link too."""
     rates: dict[str, float] = {}
     for style in STYLES:
-        with script._world.entered():
-            rates[style] = jobs * 1000 / timed(lambda style=style: [script.whole_life(style) for _ in range(jobs)])  # type: ignore[misc]
+
+        def script_run(style: str = style) -> None:
+            for _ in range(jobs):
+                script.whole_life(style)
+
+        with script.world.entered():
+            rates[style] = jobs * 1000 / timed(script_run)
     for world in worlds:
         specs = [world.spec() for _ in range(jobs)]
 
-        def run(world: World = world, specs: list = specs) -> None:  # type: ignore[type-arg]
+        def run(world: World = world, specs: list[JobSpec] = specs) -> None:
             for spec in specs:
                 world.whole_life(spec)
             settle()
@@ -198,7 +204,7 @@ def main() -> None:
         try:
             for number in sorted(options.standing):
                 for world in worlds:
-                    world.stand(number)
+                    world.stand(number, read=False)
                 times = measure(worlds, script, options.rounds)
                 middle = {name: median(values) for name, values in times.items()}
                 medians.append(middle)

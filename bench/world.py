@@ -12,10 +12,12 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Self
 
 from acctd import config as configuration
 from acctd.agent import Agent, Ending, Job, with_default_classes
+from acctd.cgroup.driver import JobCgroups
 from acctd.kernel import netns
 from acctd.model import JobSpec, Limits, NetworkMode, Owner, Record
 from lab.topology import Topology
@@ -44,8 +46,8 @@ class World:
             self._open = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None) -> None:
+        self._open.__exit__(kind, e, at)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -58,13 +60,18 @@ class World:
         spec = JobSpec(f"bench{next(self._ids)}", Owner(0, 0, "root"), LIMITS, network)
         return with_default_classes(spec, self.agent.config)
 
-    def stand(self, number: int, network: NetworkMode = "nat") -> None:
-        """Have so many jobs standing, made as any job is."""
+    def stand(self, number: int, network: NetworkMode = "nat", *, read: bool = True) -> None:
+        """Have so many jobs standing, made as any job is.
+
+        Those that nobody will read give their descriptors back: two thousand jobs would need 36,000.
+        """
         with self.entered():
             while len(self.standing) < number:
                 job = self.agent.create(self.spec(network))
                 self.standing.append(job)
                 self.agent.begin(job)
+                if not read:
+                    job.close()
 
     def whole_life(self, spec: JobSpec) -> Record:
         """All that acctd does around a job: make, sign off, dismantle."""
@@ -83,16 +90,19 @@ class World:
         return config
 
     def _clear(self) -> None:
-        """Take the standing jobs away at once, not one by one: rules and links go with the node's namespace."""
+        """Take all jobs away at once, not one by one: rules and links go with the node's namespace."""
         settle()
         left = []
         for job in self.standing:
             job.close()
-            netns.remove(self.agent.config.runtime_dir / "netns" / job.spec.id)
-            if survivors := job.cgroups.kill():
-                left.append(f"{job.spec.id}: processes {sorted(survivors)}")
-            elif not job.cgroups.remove():
-                left.append(f"{job.spec.id}: cgroups")
+        # From the ledger: a job that could not be made, or not be dismantled, is none of the standing.
+        for row in self.agent.ledger.open_jobs():
+            netns.remove(self.agent.config.runtime_dir / "netns" / row.spec.id)
+            cgroups = JobCgroups(self.agent.layout, self.base, f"job_{row.spec.id}")
+            if survivors := cgroups.kill():
+                left.append(f"{row.spec.id}: processes {sorted(survivors)}")
+            elif not cgroups.remove():
+                left.append(f"{row.spec.id}: cgroups")
         if left:
             raise RuntimeError(f"left behind below {self.base}: {'; '.join(left)}")
 

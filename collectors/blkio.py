@@ -19,6 +19,8 @@ and over a restart of the agent, where "throttle if it is not 0, else the schedu
 on the day the disk is armed. The price: operations are submissions where throttle leads, and merged requests where not.
 """
 
+from collections.abc import Mapping
+
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.metrics import (
     BLOCK_DISCARD_BYTES,
@@ -26,6 +28,7 @@ from acctd.metrics import (
     BLOCK_READS,
     BLOCK_WRITE_BYTES,
     BLOCK_WRITES,
+    Key,
     Metric,
     Readings,
 )
@@ -36,16 +39,6 @@ METRICS = (BLOCK_READ_BYTES, BLOCK_WRITE_BYTES, BLOCK_READS, BLOCK_WRITES, BLOCK
 
 _BYTES = {b"Read": BLOCK_READ_BYTES, b"Write": BLOCK_WRITE_BYTES, b"Discard": BLOCK_DISCARD_BYTES}
 _OPERATIONS = {b"Read": BLOCK_READS, b"Write": BLOCK_WRITES}
-
-# Without and with "_recursive", which alone knows nested cgroups and is taken where the kernel has it.
-_V1: tuple[tuple[str, dict[bytes, Metric]], ...] = (
-    ("blkio.throttle.io_service_bytes", _BYTES),
-    ("blkio.throttle.io_serviced", _OPERATIONS),
-    ("blkio.bfq.io_service_bytes", _BYTES),
-    ("blkio.bfq.io_serviced", _OPERATIONS),
-    ("blkio.io_service_bytes", _BYTES),
-    ("blkio.io_serviced", _OPERATIONS),
-)
 
 _IO_STAT = {
     b"rbytes": BLOCK_READ_BYTES,
@@ -64,17 +57,39 @@ _IO_STAT = {
 #   254:0 Discard 104857600
 #   254:0 Total 226684928
 #   Total 226684928
-def parse_blkio(text: bytes, path: str, metrics: dict[bytes, Metric]) -> Readings:
+def parse_blkio(text: bytes, path: str, metrics: Mapping[bytes, Metric]) -> Readings:
     """Any of v1's per-device files. `metrics` says which operation becomes which metric; bytes or operations."""
-    readings: Readings = {}
-    for line in text.split(b"\n"):
-        words = line.split(b" ")
-        if len(words) < 2 or (metric := metrics.get(words[1])) is None:
-            continue
-        if len(words) != 3:
-            raise MalformedFile(path, line)
-        readings[metric, _device(words[0], path, line)] = number(words[2], path, line)
-    return readings
+    return _lines_parser(metrics)(text, path)
+
+
+def _lines_parser(metrics: Mapping[bytes, Metric]) -> Parser:
+    """parse_blkio that knows again how a line begins (b"254:0 Read"): one for all jobs, whose disks are the same."""
+    known: dict[bytes, Key | None] = {}
+
+    def parse(text: bytes, path: str) -> Readings:
+        readings: Readings = {}
+        for line in text.split(b"\n"):
+            beginning, _, value = line.rpartition(b" ")
+            if beginning in known:
+                key = known[beginning]
+            else:
+                key = _line_key(line, path, metrics)
+                if beginning.count(b" ") == 1:
+                    known[beginning] = key
+            if key is not None:
+                readings[key] = number(value, path, line)
+        return readings
+
+    return parse
+
+
+def _line_key(line: bytes, path: str, metrics: Mapping[bytes, Metric]) -> Key | None:
+    words = line.split(b" ")
+    if len(words) < 2 or (metric := metrics.get(words[1])) is None:
+        return None
+    if len(words) != 3:
+        raise MalformedFile(path, line)
+    return metric, _device(words[0], path, line)
 
 
 # io.stat, v2 (6.1). A device may stand alone, and 5.x kernels then forget the line's end; io.cost and others add keys
@@ -95,6 +110,19 @@ def parse_io_stat(text: bytes, path: str) -> Readings:
     return readings
 
 
+_service_bytes, _serviced = _lines_parser(_BYTES), _lines_parser(_OPERATIONS)
+
+# Without and with "_recursive", which alone knows nested cgroups and is taken where the kernel has it.
+_V1: tuple[tuple[str, Parser], ...] = (
+    ("blkio.throttle.io_service_bytes", _service_bytes),
+    ("blkio.throttle.io_serviced", _serviced),
+    ("blkio.bfq.io_service_bytes", _service_bytes),
+    ("blkio.bfq.io_serviced", _serviced),
+    ("blkio.io_service_bytes", _service_bytes),
+    ("blkio.io_serviced", _serviced),
+)
+
+
 class BlkioReader(Reader):
     """Reads one job's block I/O: `directory` is its cgroup in the blkio hierarchy (v1) or the unified one (v2)."""
 
@@ -103,9 +131,9 @@ class BlkioReader(Reader):
             super().__init__(present(directory, [("io.stat", parse_io_stat)]))
             return
         files = []
-        for name, metrics in _V1:
+        for name, parser in _V1:
             recursive = f"{name}_recursive"
-            files.append((recursive if directory.has(recursive) else name, _remembering(metrics)))
+            files.append((recursive if directory.has(recursive) else name, _remembering(parser)))
         super().__init__(present(directory, files))
 
     def _merge(self) -> Readings:
@@ -117,14 +145,14 @@ class BlkioReader(Reader):
         return merged
 
 
-def _remembering(metrics: dict[bytes, Metric]) -> Parser:
-    """parse_blkio that keeps a device's last numbers once its lines go: they do when the disk changes its scheduler,
+def _remembering(parser: Parser) -> Parser:
+    """A parser that keeps a device's last numbers once its lines go: they do when the disk changes its scheduler,
     and the highest of the others may be lower. What was done remains done.
     """
     seen: Readings = {}
 
     def parse(text: bytes, path: str) -> Readings:
-        seen.update(parse_blkio(text, path, metrics))
+        seen.update(parser(text, path))
         return seen.copy()
 
     return parse

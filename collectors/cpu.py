@@ -16,7 +16,7 @@ import os
 
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.metrics import CPU_PERIODS, CPU_SYSTEM, CPU_THROTTLED, CPU_THROTTLED_PERIODS, CPU_USER, Metric, Readings
-from collectors.parse import Parser, StatLines, parse_named, parse_stat, single
+from collectors.parse import Parser, StatLines, named, single
 from collectors.reader import Reader, present
 
 METRICS = (CPU_USER, CPU_SYSTEM, CPU_PERIODS, CPU_THROTTLED_PERIODS, CPU_THROTTLED)
@@ -37,18 +37,33 @@ _USAGE_KEY, _USER_KEY, _SYSTEM_KEY = (_USAGE, ""), (CPU_USER, ""), (CPU_SYSTEM, 
 #   nr_throttled 0
 #   throttled_usec 0
 _CPU_STAT = {
-    b"user_usec": (CPU_USER, 1000),
-    b"system_usec": (CPU_SYSTEM, 1000),
-    b"nr_periods": (CPU_PERIODS, 1),
-    b"nr_throttled": (CPU_THROTTLED_PERIODS, 1),
-    b"throttled_usec": (CPU_THROTTLED, 1000),
-    b"throttled_time": (CPU_THROTTLED, 1),
+    b"user_usec": (_USER_KEY, 1000),
+    b"system_usec": (_SYSTEM_KEY, 1000),
+    b"nr_periods": ((CPU_PERIODS, ""), 1),
+    b"nr_throttled": ((CPU_THROTTLED_PERIODS, ""), 1),
+    b"throttled_usec": ((CPU_THROTTLED, ""), 1000),
+    b"throttled_time": ((CPU_THROTTLED, ""), 1),
 }
 
 
-def parse_cpu_stat(text: bytes, path: str) -> Readings:
-    """Both hierarchies' cpu.stat; times in ns."""
-    return _in_ns(parse_stat(text, path, tuple(_CPU_STAT)))
+def _stat_parser() -> Parser:
+    lines = StatLines(tuple(_CPU_STAT))
+
+    def parse(text: bytes, path: str) -> Readings:
+        readings: Readings = {}
+        for name, value in lines.take(text, path).items():
+            key, to_ns = _CPU_STAT[name]
+            readings[key] = value * to_ns
+        return readings
+
+    return parse
+
+
+# Two, because a hybrid host has two files of this name with different lines.
+parse_cpu_stat, _parse_divided = _stat_parser(), _stat_parser()
+"""Both hierarchies' cpu.stat; times in ns."""
+
+_cpuacct_stat = named({b"user": CPU_USER, b"system": CPU_SYSTEM})
 
 
 # cpuacct.stat, v1, in ticks of USER_HZ (10 ms):
@@ -56,8 +71,7 @@ def parse_cpu_stat(text: bytes, path: str) -> Readings:
 #   system 3
 def parse_cpuacct_stat(text: bytes, path: str) -> Readings:
     """v1's cpuacct.stat; times in ns, in steps of a tick."""
-    ticks = parse_named(text, path, {b"user": CPU_USER, b"system": CPU_SYSTEM})
-    return {key: count * TICK_NS for key, count in ticks.items()}
+    return {key: count * TICK_NS for key, count in _cpuacct_stat(text, path).items()}
 
 
 def divide(usage: int, sampled: tuple[int, int], last: tuple[int, int]) -> tuple[int, int]:
@@ -89,11 +103,11 @@ class CpuReader(Reader):
 
     def __init__(self, *, cpu: CgroupDir, cpuacct: CgroupDir, last: Readings | None = None) -> None:
         v1 = cpuacct.has("cpuacct.usage")
-        sources = present(cpu, [("cpu.stat", _stat_parser())])
+        sources = present(cpu, [("cpu.stat", parse_cpu_stat)])
         if v1:
             sources += present(cpuacct, _v1_files(cpuacct))
         elif cpuacct != cpu:
-            sources += present(cpuacct, [("cpu.stat", _stat_parser())])
+            sources += present(cpuacct, [("cpu.stat", _parse_divided)])
         super().__init__(sources)
         self._divided = (last.get(_USER_KEY, 0), last.get(_SYSTEM_KEY, 0)) if last and v1 else (0, 0)
 
@@ -114,16 +128,3 @@ def _v1_files(cpuacct: CgroupDir) -> list[tuple[str, Parser]]:
     if cpuacct.has("cpuacct.usage_user") and cpuacct.has("cpuacct.usage_sys"):
         return [usage, ("cpuacct.usage_user", single(CPU_USER)), ("cpuacct.usage_sys", single(CPU_SYSTEM))]
     return [usage, ("cpuacct.stat", parse_cpuacct_stat)]
-
-
-def _stat_parser() -> Parser:
-    lines = StatLines(tuple(_CPU_STAT))
-    return lambda text, path: _in_ns(lines.take(text, path))
-
-
-def _in_ns(stat: dict[bytes, int]) -> Readings:
-    readings: Readings = {}
-    for name, value in stat.items():
-        metric, to_ns = _CPU_STAT[name]
-        readings[metric, ""] = value * to_ns
-    return readings

@@ -10,6 +10,8 @@ What differs between kernels:
 - RHEL 7 (3.10) does not tell shared memory: MEMORY_SHMEM is absent, MEMORY_RESIDENT is the anonymous memory alone (a
   lower bound), and MEMORY_FILE is the length of the two file LRU lists, on which shared memory never stands.
 - `memory.peak` (v2) is there from 5.19 on; v1's memory.oom_control has no `oom_kill` line on old kernels: no reading.
+- v1 has two limits and counts the hits apart: a job without swap is stopped at that of memory and swap together, and
+  its memory.failcnt stays 0. No attempt counts in both, so MEMORY_FAILCNT is the sum.
 - v1 counts MEMORY_OOM_KILLS of this very cgroup; v2 adds those of nested ones.
 
 The sampled peaks are emitted with the value of the moment; the meter keeps the highest.
@@ -30,9 +32,10 @@ from acctd.metrics import (
     MEMORY_SHMEM,
     MEMORY_SHMEM_PEAK,
     MEMORY_SWAP,
+    Metric,
     Readings,
 )
-from collectors.parse import Parser, StatLines, parse_named, parse_stat, single
+from collectors.parse import Parser, StatLines, named, single
 from collectors.reader import Reader, present
 
 METRICS = (
@@ -50,6 +53,13 @@ METRICS = (
     MEMORY_FAILCNT,
     MEMORY_OOM_KILLS,
 )
+
+# memory.memsw.failcnt on its way to the sum; MemoryReader never lets it out.
+_BOTH_FAILCNT = Metric(
+    "memory_both_failcnt", "events", "counter", "times the limit of memory and swap together was hit"
+)
+
+_FAILCNT_KEY, _BOTH_FAILCNT_KEY = (MEMORY_FAILCNT, ""), (_BOTH_FAILCNT, "")
 
 # The lines wanted of memory.stat, bytes. v1 (6.18), between others; the lines without total_ leave nested cgroups out:
 #   rss 339968
@@ -70,74 +80,73 @@ _V1_OLD = (b"total_rss", b"total_swap", b"total_inactive_file", b"total_active_f
 _V2 = (b"anon", b"file", b"kernel", b"shmem")
 
 
+_LINES_V1, _LINES_V1_OLD, _LINES_V2 = StatLines(_V1), StatLines(_V1_OLD), StatLines(_V2)
+
+_ANON, _SHMEM, _FILE, _RESIDENT = (MEMORY_ANON, ""), (MEMORY_SHMEM, ""), (MEMORY_FILE, ""), (MEMORY_RESIDENT, "")
+_ANON_PEAK, _SHMEM_PEAK, _FILE_PEAK = (MEMORY_ANON_PEAK, ""), (MEMORY_SHMEM_PEAK, ""), (MEMORY_FILE_PEAK, "")
+_RESIDENT_PEAK, _SWAP, _KERNEL = (MEMORY_RESIDENT_PEAK, ""), (MEMORY_SWAP, ""), (MEMORY_KERNEL, "")
+
+
 def parse_memory_stat_v1(text: bytes, path: str) -> Readings:
     """v1's memory.stat, bytes."""
-    return _from_v1(parse_stat(text, path, _v1_names(text)))
+    lines = _LINES_V1 if b"\ntotal_shmem " in text or text.startswith(b"total_shmem ") else _LINES_V1_OLD
+    return _from_v1(lines.take(text, path))
 
 
 def parse_memory_stat_v2(text: bytes, path: str) -> Readings:
     """v2's memory.stat, bytes. `kernel` is there from 5.18 on."""
-    return _from_v2(parse_stat(text, path, _V2))
+    return _from_v2(_LINES_V2.take(text, path))
 
 
-# memory.oom_control, v1 (6.18):
+# memory.oom_control, v1 (6.18); processes killed so far:
 #   oom_kill_disable 0
 #   under_oom 0
 #   oom_kill 0
-def parse_oom_control(text: bytes, path: str) -> Readings:
-    """v1's memory.oom_control, processes killed so far."""
-    return parse_named(text, path, {b"oom_kill": MEMORY_OOM_KILLS})
+parse_oom_control = named({b"oom_kill": MEMORY_OOM_KILLS})
 
-
-# memory.events, v2 (6.1):
+# memory.events, v2 (6.1): limit hits and processes killed. Here `max` is a line's name, not a value:
 #   low 0
 #   high 0
 #   max 103
 #   oom 1
 #   oom_kill 1
 #   oom_group_kill 0
-def parse_memory_events(text: bytes, path: str) -> Readings:
-    """v2's memory.events: limit hits and processes killed. Here `max` is a line's name, not a value."""
-    return parse_named(text, path, {b"max": MEMORY_FAILCNT, b"oom_kill": MEMORY_OOM_KILLS})
+parse_memory_events = named({b"max": MEMORY_FAILCNT, b"oom_kill": MEMORY_OOM_KILLS})
 
 
 class MemoryReader(Reader):
     """Reads one job's memory: `directory` is its cgroup in the memory hierarchy (v1) or the unified one (v2)."""
 
     def __init__(self, directory: CgroupDir) -> None:
-        v1 = directory.has("memory.usage_in_bytes")
-        super().__init__(present(directory, _v1_files(directory) if v1 else _v2_files()))
+        super().__init__(present(directory, _V1_FILES if directory.has("memory.usage_in_bytes") else _V2_FILES))
+
+    def _merge(self) -> Readings:
+        readings = super()._merge()
+        if both := readings.pop(_BOTH_FAILCNT_KEY, 0):
+            readings[_FAILCNT_KEY] = readings.get(_FAILCNT_KEY, 0) + both
+        return readings
 
 
-def _v1_files(directory: CgroupDir) -> list[tuple[str, Parser]]:
-    lines = StatLines(_v1_names(directory.read("memory.stat") or b""))
-    return [
-        ("memory.stat", lambda text, path: _from_v1(lines.take(text, path))),
-        ("memory.kmem.usage_in_bytes", single(MEMORY_KERNEL)),
-        ("memory.max_usage_in_bytes", single(MEMORY_PEAK)),
-        ("memory.failcnt", single(MEMORY_FAILCNT)),
-        ("memory.oom_control", parse_oom_control),
-    ]
-
-
-def _v2_files() -> list[tuple[str, Parser]]:
-    lines = StatLines(_V2)
-    return [
-        ("memory.stat", lambda text, path: _from_v2(lines.take(text, path))),
-        ("memory.swap.current", single(MEMORY_SWAP)),
-        ("memory.peak", single(MEMORY_PEAK)),
-        ("memory.events", parse_memory_events),
-    ]
-
-
-def _v1_names(text: bytes) -> tuple[bytes, ...]:
-    return _V1 if b"\ntotal_shmem " in text or text.startswith(b"total_shmem ") else _V1_OLD
+_V1_FILES: tuple[tuple[str, Parser], ...] = (
+    ("memory.stat", parse_memory_stat_v1),
+    ("memory.kmem.usage_in_bytes", single(MEMORY_KERNEL)),
+    ("memory.max_usage_in_bytes", single(MEMORY_PEAK)),
+    ("memory.failcnt", single(MEMORY_FAILCNT)),
+    ("memory.memsw.failcnt", single(_BOTH_FAILCNT)),
+    ("memory.oom_control", parse_oom_control),
+)
+_V2_FILES: tuple[tuple[str, Parser], ...] = (
+    ("memory.stat", parse_memory_stat_v2),
+    ("memory.swap.current", single(MEMORY_SWAP)),
+    ("memory.peak", single(MEMORY_PEAK)),
+    ("memory.events", parse_memory_events),
+)
 
 
 def _from_v1(stat: dict[bytes, int]) -> Readings:
     readings: Readings = {}
     if (swap := stat.get(b"total_swap")) is not None:
-        readings[MEMORY_SWAP, ""] = swap
+        readings[_SWAP] = swap
     shmem = stat.get(b"total_shmem")
     if shmem is not None:
         file = None if (cache := stat.get(b"total_cache")) is None else cache - shmem
@@ -152,7 +161,7 @@ def _from_v1(stat: dict[bytes, int]) -> Readings:
 def _from_v2(stat: dict[bytes, int]) -> Readings:
     readings: Readings = {}
     if (kernel := stat.get(b"kernel")) is not None:
-        readings[MEMORY_KERNEL, ""] = kernel
+        readings[_KERNEL] = kernel
     shmem, file = stat.get(b"shmem"), stat.get(b"file")
     _put_kinds(readings, stat.get(b"anon"), shmem, None if file is None or shmem is None else file - shmem)
     return readings
@@ -162,10 +171,10 @@ def _put_kinds(readings: Readings, anon: int | None, shmem: int | None, file: in
     """Each kind that is known, its sampled peak, and what anonymous and shared memory come to."""
     if anon is not None:
         resident = anon if shmem is None else anon + shmem
-        readings[MEMORY_ANON, ""] = readings[MEMORY_ANON_PEAK, ""] = anon
-        readings[MEMORY_RESIDENT, ""] = readings[MEMORY_RESIDENT_PEAK, ""] = resident
+        readings[_ANON] = readings[_ANON_PEAK] = anon
+        readings[_RESIDENT] = readings[_RESIDENT_PEAK] = resident
     if shmem is not None:
-        readings[MEMORY_SHMEM, ""] = readings[MEMORY_SHMEM_PEAK, ""] = shmem
+        readings[_SHMEM] = readings[_SHMEM_PEAK] = shmem
     if file is not None:
         # The kernel sums both lines per CPU, one after the other, while pages move: the difference can dip below 0.
-        readings[MEMORY_FILE, ""] = readings[MEMORY_FILE_PEAK, ""] = max(file, 0)
+        readings[_FILE] = readings[_FILE_PEAK] = max(file, 0)

@@ -4,6 +4,7 @@ Pure functions of bytes; nothing here opens a file or knows what any file is cal
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 from acctd.errors import AcctdError
 from acctd.metrics import Metric, Readings
@@ -47,24 +48,12 @@ def parse_stat(text: bytes, path: str, names: Sequence[bytes]) -> dict[bytes, in
     return values
 
 
-def parse_named(text: bytes, path: str, metrics: Mapping[bytes, Metric]) -> Readings:
-    """`parse_stat` where each wanted line is a metric as it stands."""
-    return {(metrics[name], ""): value for name, value in parse_stat(text, path, tuple(metrics)).items()}
-
-
-# memory.failcnt, and many more:
-#   54
-def single(metric: Metric) -> Parser:
-    """A parser for a file whose one number is this metric."""
-    key = (metric, "")
-    return lambda text, path: {key: parse_number(text, path)}
-
-
 class StatLines:
     """`parse_stat` for a file that is read again and again: it remembers where the wanted lines stand.
 
     memory.stat has forty lines and four are wanted; taking those by position costs a fraction of parsing all. The name
-    at each position is checked; the file is searched anew once one does not fit or the number of lines differs.
+    at each position is checked; the file is searched anew once one does not fit or the number of lines differs. One is
+    enough for the same file of all jobs: a kernel writes it in one way, and what jobs share stays in the CPU's cache.
     """
 
     __slots__ = ("_count", "_names", "_places")
@@ -96,3 +85,19 @@ class StatLines:
         self._places = [(found[name], name + b" ", len(name) + 1, name) for name in self._names if name in values]
         self._count = len(lines)
         return values
+
+
+def named(metrics: Mapping[bytes, Metric]) -> Parser:
+    """A parser for a "name value" file where each wanted line is a metric as it stands."""
+    lines = StatLines(tuple(metrics))
+    keys = {name: (metric, "") for name, metric in metrics.items()}
+    return lambda text, path: {keys[name]: value for name, value in lines.take(text, path).items()}
+
+
+# memory.failcnt, and many more:
+#   54
+@cache
+def single(metric: Metric) -> Parser:
+    """A parser for a file whose one number is this metric."""
+    key = (metric, "")
+    return lambda text, path: {key: parse_number(text, path)}

@@ -7,37 +7,32 @@ is emitted as the peak, of which the meter keeps the highest.
 
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.metrics import PIDS, PIDS_PEAK, PIDS_REFUSED, Readings
-from collectors.parse import parse_named, parse_number
+from collectors.parse import named, parse_number, single
 from collectors.reader import Reader, present
 
 METRICS = (PIDS, PIDS_PEAK, PIDS_REFUSED)
 
 
+_PIDS, _PIDS_PEAK = (PIDS, ""), (PIDS_PEAK, "")
+
 # pids.current:
 #   3
-def parse_pids_current(text: bytes, path: str) -> Readings:
-    """Tasks now."""
-    return {(PIDS, ""): parse_number(text, path)}
+parse_pids_current = single(PIDS)
 
 
 def parse_pids_current_as_peak(text: bytes, path: str) -> Readings:
     """Tasks now, standing in for pids.peak too."""
     now = parse_number(text, path)
-    return {(PIDS, ""): now, (PIDS_PEAK, ""): now}
+    return {_PIDS: now, _PIDS_PEAK: now}
 
 
 # pids.peak:
 #   3
-def parse_pids_peak(text: bytes, path: str) -> Readings:
-    """Most tasks there ever were."""
-    return {(PIDS_PEAK, ""): parse_number(text, path)}
+parse_pids_peak = single(PIDS_PEAK)
 
-
-# pids.events; `max` is the line's name:
+# pids.events: forks refused by the limit; `max` is the line's name:
 #   max 0
-def parse_pids_events(text: bytes, path: str) -> Readings:
-    """Forks refused by the limit."""
-    return parse_named(text, path, {b"max": PIDS_REFUSED})
+parse_pids_events = named({b"max": PIDS_REFUSED})
 
 
 class PidsReader(Reader):

@@ -17,13 +17,6 @@ from collectors.reader import Reader, Source, present
 
 METRICS = (CPU_STALL, IO_STALL, IO_STALL_FULL, MEMORY_STALL, MEMORY_STALL_FULL)
 
-# The `full` line of cpu.pressure is no metric: a cgroup waiting as a whole is its quota at work, see cpu_throttled.
-_FILES: tuple[tuple[str, dict[bytes, Metric]], ...] = (
-    ("cpu.pressure", {b"some": CPU_STALL}),
-    ("io.pressure", {b"some": IO_STALL, b"full": IO_STALL_FULL}),
-    ("memory.pressure", {b"some": MEMORY_STALL, b"full": MEMORY_STALL_FULL}),
-)
-
 
 # memory.pressure (6.1); total is in us, and kernels before 5.13 have no `full` line in cpu.pressure:
 #   some avg10=0.18 avg60=0.03 avg300=0.00 total=27808
@@ -40,16 +33,23 @@ def parse_pressure(text: bytes, path: str, metrics: dict[bytes, Metric]) -> Read
     return readings
 
 
+def _parser(metrics: dict[bytes, Metric]) -> Parser:
+    return lambda text, path: parse_pressure(text, path, metrics)
+
+
+# The `full` line of cpu.pressure is no metric: a cgroup waiting as a whole is its quota at work, see cpu_throttled.
+_FILES: tuple[tuple[str, Parser], ...] = (
+    ("cpu.pressure", _parser({b"some": CPU_STALL})),
+    ("io.pressure", _parser({b"some": IO_STALL, b"full": IO_STALL_FULL})),
+    ("memory.pressure", _parser({b"some": MEMORY_STALL, b"full": MEMORY_STALL_FULL})),
+)
+
+
 class PressureReader(Reader):
     """Reads one job's pressure: `directory` is its cgroup in the unified hierarchy."""
 
     def __init__(self, directory: CgroupDir) -> None:
-        sources = present(directory, [(name, _parser(metrics)) for name, metrics in _FILES])
-        super().__init__([source for source in sources if _switched_on(source)])
-
-
-def _parser(metrics: dict[bytes, Metric]) -> Parser:
-    return lambda text, path: parse_pressure(text, path, metrics)
+        super().__init__([source for source in present(directory, _FILES) if _switched_on(source)])
 
 
 def _switched_on(source: Source) -> bool:

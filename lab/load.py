@@ -16,7 +16,6 @@ import argparse
 import json
 import mmap
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -43,17 +42,15 @@ def main() -> None:
     shared = mapping(wanted.shm, mmap.MAP_SHARED)
     # Last, so that what the rest took is known.
     private = mapping(wanted.anon - anonymous(), mmap.MAP_PRIVATE)
-    children = fork(wanted.children, [kept for kept in (shared, private) if kept])
-    held = {"anon": anonymous(), "shm": wanted.shm, "file": wanted.file, "pids": [os.getpid(), *children]}
+    family = Family(wanted.children, [kept for kept in (shared, private) if kept])
+    held = {"anon": anonymous(), "shm": wanted.shm, "file": wanted.file, "pids": [os.getpid(), *family.pids]}
     try:
         print(json.dumps(held), flush=True)
         time.sleep(wanted.seconds)
         if wanted.hold:
             sys.stdin.readline()
     finally:
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        family.close()
         if cached is not None:
             os.close(cached)
 
@@ -69,7 +66,7 @@ def size(text: str) -> int:
 #   Rss:                9480 kB
 #   Anonymous:          4552 kB
 def anonymous() -> int:
-    """This process's anonymous memory, bytes. Counts what is mapped shared and anonymous as file, as the kernel does."""
+    """This process's anonymous memory, bytes; what is mapped shared is not part of it, as in the kernel's accounts."""
     with open("/proc/self/smaps_rollup", encoding="ascii") as lines:
         for line in lines:
             if line.startswith("Anonymous:"):
@@ -124,25 +121,34 @@ def burn(seconds: float) -> None:
         pass
 
 
-def fork(count: int, shared: list[mmap.mmap]) -> list[int]:
-    """Children that have read every page they share, and wait to be killed."""
-    ready, told = os.pipe()
-    children = []
-    for _ in range(count):
-        pid = os.fork()
-        if pid == 0:
-            for kept in shared:
-                sum(kept[offset] for offset in range(0, len(kept), mmap.PAGESIZE))
-            os.write(told, b".")
-            while True:
-                signal.pause()
-        children.append(pid)
-    os.close(told)
-    for _ in children:
-        if not os.read(ready, 1):
-            raise ChildProcessError("a child ended before it had touched its memory")
-    os.close(ready)
-    return children
+class Family:
+    """Forks that have read every page they share, and live until close(), or until their parent is gone."""
+
+    def __init__(self, count: int, shared: list[mmap.mmap]) -> None:
+        ready, told = os.pipe()
+        watched, self._life = os.pipe()
+        self.pids: list[int] = []
+        for _ in range(count):
+            pid = os.fork()
+            if pid == 0:
+                os.close(self._life)
+                for kept in shared:
+                    sum(kept[offset] for offset in range(0, len(kept), mmap.PAGESIZE))
+                os.write(told, b".")
+                os.read(watched, 1)  # nobody writes: it returns when the last writing end is gone
+                os._exit(0)
+            self.pids.append(pid)
+        os.close(told)
+        os.close(watched)
+        for _ in self.pids:
+            if not os.read(ready, 1):
+                raise ChildProcessError("a child ended before it had touched its memory")
+        os.close(ready)
+
+    def close(self) -> None:
+        os.close(self._life)
+        for pid in self.pids:
+            os.waitpid(pid, 0)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class Topology:
             namespace=node.name,
         )
         if not self._offload:
-            off = ["gso", "off", "tso", "off", "gro", "off"]
+            off = ["gso", "off", "tso", "off", "gro", "off", "tx-udp-segmentation", "off"]
             for site, dev, _, _ in ways:
                 self.run(node, ["ethtool", "-K", dev, *off], capture_output=True)
                 self.run(site, ["ethtool", "-K", site.dev, *off], capture_output=True)

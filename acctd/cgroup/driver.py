@@ -8,15 +8,31 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from acctd.cgroup import limits as limit_files
 from acctd.cgroup.layout import V2_NAME, Hierarchy, Layout
 from acctd.errors import InUseError, KernelRefusedError, UnavailableError
+from acctd.kernel import procs
 from acctd.kernel.cgroupfs import CgroupDir, checked_parts
 from acctd.model import Limits
 
 _V1_THROTTLE = "blkio.throttle.write_bps_device"
+_V1_RULES = ("blkio.throttle.read_bps_device", _V1_THROTTLE)
+_UNREACHED_BPS = 1 << 44
+"""17.6 TB/s, for rules that I/O passes under: before 6.7 the kernel multiplies a limit by time and may overflow."""
+
+_V2_FILE = {
+    "memory": "memory.max",
+    "cpu": "cpu.weight",
+    "cpuset": "cpuset.cpus",
+    "blkio": "io.stat",
+    "pids": "pids.max",
+}
+"""A file that a v2 cgroup has once the controller works there."""
+
 _SENTINEL = "sentinel"
 _SENTINEL_BPS = 18446744073709551614
 """One below the kernel's "no rule": a limit no disk reaches, whose presence alone makes the counters count."""
@@ -42,9 +58,16 @@ class JobCgroups:
     def all(self) -> list[tuple[Hierarchy, CgroupDir]]:
         return [(h, h.job(self.base, self.name)) for h in self.layout.hierarchies]
 
-    def procs_files(self) -> list[str]:
-        """What the launched helper writes its own pid to, one file a hierarchy."""
-        return [f"{directory.path}/cgroup.procs" for _, directory in self.all()]
+    @contextmanager
+    def joining(self) -> Iterator[dict[int, str]]:
+        """Descriptors and paths, one a hierarchy, by which the launched helper puts itself into the job."""
+        with ExitStack() as opened:
+            doors = {}
+            for _, directory in self.all():
+                fd = directory.open_procs()
+                opened.callback(os.close, fd)
+                doors[fd] = str(directory.path)
+            yield doors
 
     def create(self, limits: Limits) -> None:
         """Make, mark and limit all directories; on failure nothing of this job is left. InUseError if one exists."""
@@ -57,6 +80,7 @@ class JobCgroups:
                 begun.append(hierarchy)
                 self._make(hierarchy)
             self._limit(limits)
+            self._count_block_io()
         except InUseError:
             # Somebody was quicker in the last one: that is theirs, and only what we made before it goes.
             JobCgroups(Layout(tuple(begun[:-1])), self.base, self.name).remove()
@@ -81,14 +105,19 @@ class JobCgroups:
         """
         deadline = time.monotonic() + timeout
         pause = 0.0005
+        again = False
         while pids := self._living():
             freezer = self.layout.of("freezer")
             if freezer is not None and freezer.version == 1 and (frozen := freezer.job(self.base, self.name)).exists():
                 self._freeze_kill_thaw(frozen)
             elif (unified := self.unified) is not None and unified.has("cgroup.kill"):
                 unified.write("cgroup.kill", "1")
+                if again:
+                    # It passes over a process whose leader has exited before its other threads; kill(2) does not.
+                    _kill_all(pids)
             else:
                 _kill_all(pids)
+            again = True
             if time.monotonic() > deadline:
                 return self._living()
             time.sleep(pause)
@@ -121,16 +150,16 @@ class JobCgroups:
             directory = hierarchy.top
             try:
                 for part in parts:
-                    _delegate(hierarchy, directory)
                     directory = directory.child(part)
                     # Settled even if it was there: its maker, a neighbour or an admin, may not have come to that yet.
                     _settle(hierarchy, directory, fresh=directory.make())
-                _delegate(hierarchy, directory)
                 directory = directory.child(self.name)
                 ours = directory.make() or ours
                 if not ours:
                     raise _taken(directory)
                 _settle(hierarchy, directory, fresh=True)
+                # Only now: before, a neighbour could take the base away and another make it anew, without controllers.
+                _delegate_down(hierarchy, directory)
             except FileNotFoundError:
                 continue
             except KernelRefusedError as e:
@@ -143,10 +172,23 @@ class JobCgroups:
         )
 
     def _limit(self, limits: Limits) -> None:
-        memory = self.layout.of("memory")
-        version = memory.version if memory else min(h.version for h in self.layout.hierarchies)
-        settings = limit_files.v1_settings(limits) if version == 1 else limit_files.v2_settings(limits)
+        # Controller by controller: a host may have some on v1 and the others on v2.
+        v1 = {c for h in self.layout.hierarchies if h.version == 1 for c in h.controllers}
+        settings = [s for s in limit_files.v1_settings(limits) if s.controller in v1]
+        settings += [s for s in limit_files.v2_settings(limits) if s.controller not in v1]
         limit_files.apply(settings, self.directory)
+
+    def _count_block_io(self) -> None:
+        """v1 up to 6.4: a cgroup's throttle counters count a disk's reads, and writes, only under a rule of its own.
+
+        Not even its parent's will do there: what a nested cgroup of the job reads and writes those kernels do not tell.
+        """
+        directory = self.directory("blkio")
+        if directory is None or not directory.has(_V1_THROTTLE) or not _counts_under_own_rule(os.uname().release):
+            return
+        for device in procs.disks():
+            for file in _V1_RULES:
+                _rule(directory, file, device, _UNREACHED_BPS)
 
     def _freeze_kill_thaw(self, directory: CgroupDir) -> None:
         directory.write("freezer.state", "FROZEN")
@@ -190,25 +232,51 @@ def arm_block_counters(layout: Layout, base: str, devices: list[str]) -> list[st
         directory = hierarchy.job(base, sentinel.name)
         if directory.has(_V1_THROTTLE):
             for device in devices:
-                try:
-                    directory.write(_V1_THROTTLE, f"{device} {_SENTINEL_BPS}")
-                except KernelRefusedError as e:
-                    if isinstance(e.__cause__, OSError) and e.__cause__.errno == errno.ENODEV:
-                        continue  # no disk any more, or one without a queue
-                    raise
-                armed.append(device)
+                if _rule(directory, _V1_THROTTLE, device, _SENTINEL_BPS):
+                    armed.append(device)
     finally:
         sentinel.remove()
     return armed
 
 
-def _delegate(hierarchy: Hierarchy, directory: CgroupDir) -> None:
-    """v2: let the children of a directory have our controllers. Written once, read on every later call."""
-    if hierarchy.version == 1:
+def _rule(directory: CgroupDir, file: str, device: str, bps: int) -> bool:
+    """Write one throttle rule; False where that is no disk any more, or one without a queue."""
+    try:
+        directory.write(file, f"{device} {bps}")
+    except KernelRefusedError as e:
+        if isinstance(e.__cause__, OSError) and e.__cause__.errno == errno.ENODEV:
+            return False
+        raise
+    return True
+
+
+def _counts_under_own_rule(release: str) -> bool:
+    """Whether a kernel is older than 6.5, which counts without: "blk-throttle: Fix io statistics for cgroup v1"."""
+    major, _, rest = release.partition(".")
+    minor = rest.partition(".")[0].partition("-")[0]
+    return major.isdecimal() and minor.isdecimal() and (int(major), int(minor)) < (6, 5)
+
+
+def _delegate_down(hierarchy: Hierarchy, job: CgroupDir) -> None:
+    """v2: give a job's directory our controllers, from the top of the hierarchy down."""
+    files = [_V2_FILE[c] for c in hierarchy.controllers if c in _V2_FILE]
+    if hierarchy.version == 1 or not files:
         return
+    for anew in (False, True):
+        above = hierarchy.top
+        for name in job.parts:
+            _delegate(hierarchy, above, anew=anew)
+            above = above.child(name)
+        # subtree_control names a controller before a neighbour's write that enables it is done. A write waits for that.
+        if all(job.has(file) for file in files):
+            return
+
+
+def _delegate(hierarchy: Hierarchy, directory: CgroupDir, *, anew: bool) -> None:
+    """v2: let the children of a directory have our controllers. Written once, unless `anew`; read on later calls."""
     have = (directory.read("cgroup.subtree_control") or b"").decode().split()
     wanted = [V2_NAME[c] for c in hierarchy.controllers if c in V2_NAME]
-    missing = [c for c in wanted if c not in have]
+    missing = [c for c in wanted if anew or c not in have]
     if not missing:
         return
     try:

@@ -100,20 +100,28 @@ def apply(settings: list[Setting], directory: Callable[[str], CgroupDir | None])
                 f"{setting.limit}: {e}; it may be below what is in use or outside the parent's"
             ) from e
         got = (where.read(setting.file) or b"").decode().strip()
-        if not _same(setting.value, got):
+        if setting.file == "cpuset.cpus" and where.has("cpuset.cpus.effective"):
+            # v2 keeps CPUs outside the parent's as a wish and runs the job elsewhere.
+            in_force = (where.read("cpuset.cpus.effective") or b"").decode().strip()
+            if not _same(setting.controller, setting.value, in_force):
+                raise KernelRefusedError(
+                    f"{setting.limit}: of CPUs {setting.value!r} only {in_force!r} would be used; "
+                    "the others are outside the parent's or offline"
+                )
+        if not _same(setting.controller, setting.value, got):
             raise KernelRefusedError(
                 f"{setting.limit}: wrote {setting.value!r} to {setting.file}, read back {got!r}; choose another value"
             )
 
 
-def _same(wrote: str, read: str) -> bool:
+def _same(controller: str, wrote: str, read: str) -> bool:
     if wrote == read:
         return True
-    if wrote.isdigit() and read.isdigit():
+    if controller == "memory" and wrote.isdigit() and read.isdigit():
         # Memory limits are kept in whole pages, rounded down; a value above the machine's maximum becomes that maximum.
         return 0 <= int(wrote) - int(read) < mmap.PAGESIZE or int(read) >= 2**63 - mmap.PAGESIZE
     # cpuset lists come back in canonical form: "0,1" as "0-1".
-    return _cpu_list(wrote) == _cpu_list(read)
+    return controller == "cpuset" and _cpu_list(wrote) is not None and _cpu_list(wrote) == _cpu_list(read)
 
 
 def _cpu_list(text: str) -> set[int] | None:

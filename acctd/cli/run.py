@@ -103,14 +103,22 @@ def _account(
     job = agent.create(spec)
     # A job with a namespace has a loopback of its own, where the host's resolver does not listen.
     servers = resolver.host_servers() if spec.network == "nat" else []
+    started = False
     try:
         with resolver.Relay(job.namespace if job.namespace is not None else -1, servers):
-            process = launch.start(job, arguments, groups=groups, environ=environ, blocked=signals.before)
+            # Before the start: if we die right after it, the job is one that ran, and gets its record all the same.
             agent.begin(job)
+            process = launch.start(job, arguments, groups=groups, environ=environ, blocked=signals.before)
+            started = True
             process.returncode = supervise(agent, job, process.pid, LiveLine(job) if not quiet else None)
             ending = Ending.now(process.returncode)
-    except BaseException:
-        agent.abandon(job)
+    except BaseException as e:
+        if started:
+            # What it has used is owed, whatever befell us.
+            job.notes.append(f"acctd failed while it watched this job ({e}); its exit status is unknown")
+            agent.finish(job, Ending())
+        else:
+            agent.abandon(job)
         raise
     return agent.finish(job, ending)
 

@@ -22,6 +22,9 @@ _TAKEN = _FORWARDED | {signal.SIGCHLD, signal.SIGTSTP, signal.SIGTTOU}
 _SI_KERNEL = 0x80
 _FIRST_POLL = 0.001  # s after the start
 _LIVE_EVERY = 1.0  # s
+_ERASE = "\x1b[J"  # from the cursor to the end of the screen
+_BELOW = "\x1bD\x1b[A\x1b7\x1b[B\r{}\x1b8"
+"""Make sure that there is a line below, go there, write, come back: the job's output goes on where it was."""
 _STORE_EVERY = 1.0  # s at least between two stores: each waits for the disk
 
 
@@ -37,7 +40,10 @@ class Signals:
 
 
 class LiveLine:
-    """One line on the terminal that says how the job stands. Shown only while it disturbs nobody."""
+    """One line below the cursor that says how the job stands. Shown only while it disturbs nobody.
+
+    It stands at the right: what the job prints over it before it is drawn again stays legible.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -56,13 +62,13 @@ class LiveLine:
         state = self._job.meter.state()[0]
         text = f"acctd: job {self._job.spec.id}  {self._drawn - self._started:.0f} s  {_live(state)}"
         width = os.get_terminal_size(sys.stderr.fileno()).columns
-        sys.stderr.write(f"\r\x1b[K{text[: width - 1]}")
+        sys.stderr.write(_ERASE + _BELOW.format(text[: width - 1].rjust(width - 1)))
         sys.stderr.flush()
         self._shown = True
 
     def clear(self) -> None:
         if self._shown:
-            sys.stderr.write("\r\x1b[K")
+            sys.stderr.write(_ERASE)
             sys.stderr.flush()
             self._shown = False
 

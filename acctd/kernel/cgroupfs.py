@@ -23,11 +23,19 @@ def checked_parts(path: str) -> tuple[str, ...]:
     """The components of a relative cgroup path. Raises UsageError for anything that could leave the hierarchy."""
     parts = tuple(path.split("/"))
     for part in parts:
-        if part in ("", ".", "..") or "\0" in part or "\n" in part or len(os.fsencode(part)) > 255:
+        if part in ("", ".", "..") or "\0" in part or "\n" in part or not 0 < _encoded_length(part) <= 255:
             raise UsageError(
                 f"cgroup path {path!r}: {part!r} cannot be a directory name; use plain names joined by '/'"
             )
     return parts
+
+
+def _encoded_length(name: str) -> int:
+    """A name's length in bytes, which need be no UTF-8; 0 for text that no file can be named by."""
+    try:
+        return len(os.fsencode(name))
+    except UnicodeEncodeError:
+        return 0
 
 
 class CounterFile:
@@ -197,6 +205,14 @@ class CgroupDir:
         """
         text = self.read("cgroup.procs")
         return [pid for line in text.split() if (pid := int(line))] if text else []
+
+    def open_procs(self) -> int:
+        """A descriptor that moves whoever writes "0" to it into this cgroup; the caller closes it."""
+        path = self._file("cgroup.procs")
+        try:
+            return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as e:
+            raise _refusal("open", path, e) from e
 
     def _file(self, name: str) -> str:
         if "/" in name or name in ("", ".", ".."):

@@ -21,6 +21,7 @@ NLM_F_DUMP = 0x300
 NLM_F_DUMP_INTR = 0x10
 NLMSG_ERROR = 2
 NLMSG_DONE = 3
+_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 NLA_TYPE_MASK = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 HEADERS = 20  # nlmsghdr, then nfgenmsg: where a message's attributes begin
 
@@ -146,6 +147,22 @@ class NfnetlinkSocket:
         if error:
             raise _refusal("change", kind, error)
         return True
+
+    def transaction(self, kind: int, family: int, request: bytes) -> int:
+        """One change in a transaction of its own, as nf_tables wants it; the errno it was refused with, or 0."""
+        begin, change, end = (self._sequence + 1) & 0xFFFFFFFF, (self._sequence + 2) & 0xFFFFFFFF, 0
+        self._sequence = change
+        subsystem = kind >> 8
+        self._socket.send(
+            _HEADER.pack(HEADERS, _BATCH_BEGIN, NLM_F_REQUEST, begin, 0)
+            + _NFGENMSG.pack(0, 0, subsystem)
+            + _HEADER.pack(HEADERS + len(request), kind, NLM_F_REQUEST | NLM_F_ACK, change, 0)
+            + _NFGENMSG.pack(family, 0, 0)
+            + request
+            + _HEADER.pack(HEADERS, _BATCH_END, NLM_F_REQUEST, end, 0)
+            + _NFGENMSG.pack(0, 0, subsystem)
+        )
+        return _error_of(self._receive_one()) or 0
 
     def close(self) -> None:
         self._socket.close()

@@ -31,14 +31,18 @@ def _start_time(pid: int) -> str | None:
     return None if fields[0] in (b"Z", b"X") else fields[19].decode()
 
 
-def disks(root: Path = Path("/")) -> list[str]:
-    """Whole block devices that hold something, as "major:minor": what block I/O is counted by."""
-    found = []
+def disks(root: Path = Path("/")) -> dict[str, str]:
+    """Whole block devices that hold something: "major:minor", what block I/O is counted by, and the kernel's serial
+    number of the disk (since 5.15, "" before), which tells a later disk under the same number.
+    """
+    found = {}
     block = root / "sys/block"
     for name in sorted(os.listdir(block)) if block.is_dir() else []:
         try:
             if (block / name / "size").read_text().strip() != "0":
-                found.append((block / name / "dev").read_text().strip())
+                serial = block / name / "diskseq"
+                device = (block / name / "dev").read_text().strip()
+                found[device] = serial.read_text().strip() if serial.exists() else ""
         except FileNotFoundError:
             continue  # unplugged since it was listed
     return found

@@ -8,7 +8,7 @@ import errno
 import os
 import socket
 import struct
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, NamedTuple, Self
 
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
@@ -17,16 +17,18 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from acctd.errors import KernelRefusedError, NotPermittedError
 
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_NEWADDR, _RTM_NEWROUTE = 16, 17, 18, 20, 24
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 16, 17, 18, 20, 24, 25
 _NLM_REQUEST, _NLM_ACK, _NLM_EXCL, _NLM_CREATE = 0x1, 0x4, 0x200, 0x400
 _NLMSG_ERROR = 2
 _RTMGRP_LINK = 1
 _IFF_UP = 1
 _IFA_F_NODAD = 0x02
-_RT_TABLE_MAIN, _RTPROT_STATIC, _RTN_UNICAST = 254, 4, 1
+_RT_TABLE_MAIN, _RTPROT_STATIC, _RTN_UNICAST, _RTN_BLACKHOLE = 254, 4, 1, 6
+_LAST_METRIC = 0xFFFFFFFF
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 
 Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
 
 
 class Request(NamedTuple):
@@ -69,6 +71,18 @@ def default_route(gateway: Address) -> Request:
     message["type"] = _RTN_UNICAST
     message["attrs"] = [("RTA_GATEWAY", str(gateway))]
     return Request(f"route by {gateway}", message, _RTM_NEWROUTE, _NLM_CREATE | _NLM_EXCL)
+
+
+def blackhole(network: Network, *, present: bool) -> Request:
+    """A route that drops what is for `network` while no better one is there: made, or taken away. Twice is fine."""
+    message = rtmsg()
+    message["family"], message["dst_len"] = _family(network.network_address), network.prefixlen
+    message["table"], message["proto"], message["type"] = _RT_TABLE_MAIN, _RTPROT_STATIC, _RTN_BLACKHOLE
+    message["attrs"] = [("RTA_DST", str(network.network_address)), ("RTA_PRIORITY", _LAST_METRIC)]
+    if present:
+        flags = _NLM_CREATE | _NLM_EXCL
+        return Request(f"route {network} nowhere", message, _RTM_NEWROUTE, flags, fine=(errno.EEXIST,))
+    return Request(f"take back the route of {network}", message, _RTM_DELROUTE, fine=(errno.ESRCH, errno.ENOENT))
 
 
 def delete(index: int) -> Request:

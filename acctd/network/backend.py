@@ -2,12 +2,13 @@
 
 The contract of both: a job's whole chain appears and disappears in one transaction per table; no packet walks a linear
 list of jobs; what foreign programs put into netfilter is neither read as ours nor changed; when the last chain goes, so
-does everything else the back end made. All calls act on the network namespace of the calling thread and are safe
-against other acctd processes of the same node (`Chains.locked`).
+does everything else the back end made; and nothing leaves a pipe from an address that is not the job's own, since the
+answers would be billed to whoever has it. All calls act on the network namespace of the calling thread. Between
+acctd processes of one node, the caller sees to it that only one changes anything at a time.
 """
 
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import NamedTuple, Protocol
 
 from acctd.model import DestinationClass
@@ -35,6 +36,7 @@ class ChainPlan:
     ifname: str  # outer end of the pipe
     classes: tuple[DestinationClass, ...]
     ipv6: bool
+    sources: tuple[IPv4Address | IPv6Address, ...] = ()  # the job's own addresses
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ legacy tables alone: what Debian's plain `iptables` writes is nf_tables, and ano
 import re
 import threading
 from functools import partial
+from ipaddress import ip_network
 from types import ModuleType
 
 from acctd.errors import AcctdError, UsageError
@@ -115,11 +116,14 @@ def rules(family: Family, plan: ChainPlan) -> list[bytes]:
     """A job's chain, in the order of the source document: out by class, in by class, reject."""
     classes: list[tuple[Network | None, str]] = [*by_longest_prefix(plan.classes, family.version), (None, REMAINDER)]
     accept = xtrules.verdict("ACCEPT")
+    # What leaves from another source than the job's own meets none of the outgoing rules, but the rejecting one.
+    own = next((ip_network(address) for address in plan.sources if address.version == family.version), None)
     outgoing = [
         xtrules.entry(
             family,
             accept,
             inward=plan.ifname,
+            source=own,
             destination=network,
             matches=xtrules.comment_match(f"Outgoing{name}"),
         )

@@ -1,7 +1,9 @@
 """The nftables back end: the table `inet acctd` with one chain a job, found through verdict maps on the interface name.
 
     map incoming, outgoing  ifname : goto JOB_...
-    chain forward           hook forward priority filter + 10: oifname vmap @incoming, iifname vmap @outgoing
+    set Internal4_<hash>... a class's networks, shared by all jobs that have the same ones
+    chain forward           hook forward priority filter + 10: drop what leaves a pipe from a foreign source, then
+                            oifname vmap @incoming, iifname vmap @outgoing
     chain postrouting       hook postrouting priority srcnat: masquerade what leaves the pools for the world
     chain JOB_<id>          one counting rule per direction, class and IP family, named by its comment; new incoming
                             connections are rejected
@@ -9,12 +11,16 @@
 `forward` stands behind the foreign filters, so a packet they drop is not billed, and what is accepted here is still
 theirs to drop. `incoming` is asked first: a packet from job to job is a new connection for its receiver and is rejected
 before it is billed to its sender. Counters are anonymous, inside the rules, because libnftables fetches every *named*
-object before each change (10 ms a job at 1000 jobs instead of 1.6). Reference: nft(8), libnftables-json(5).
+object before each change (10 ms a job at 1000 jobs instead of 1.6); and sets are shared, because it fetches every set
+too, anonymous ones included (50 ms). A set nobody needs any more goes with the table. Reference: nft(8),
+libnftables-json(5).
 
 The context and the socket belong to the network namespace of the thread that makes the object, and to one thread at a
 time. Between looking and changing another acctd must keep out: the caller holds the node-wide lock.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +39,7 @@ _POSTROUTING = "postrouting"
 _INCOMING = "incoming"
 _OUTGOING = "outgoing"
 _MAPS = (_INCOMING, _OUTGOING)
+_FAMILY = {4: "ip", 6: "ip6"}
 _HOOKS: dict[str, dict[str, Any]] = {
     _FORWARD: {"type": "filter", "hook": "forward", "prio": 10},  # priority filter is 0
     _POSTROUTING: {"type": "nat", "hook": "postrouting", "prio": 100},  # priority srcnat
@@ -62,6 +69,10 @@ class Nftables:
     def remove(self, plan: ChainPlan) -> None:
         """Remove chain and dispatch in one transaction; with the last chain goes the table."""
         self._run(lambda: self._removal(plan))
+        if self._reader.table_exists():
+            # Each by itself: the kernel keeps those that other jobs' rules look into, and it alone knows which.
+            for each in _class_sets(plan):
+                self._reader.delete_unused_set(each["name"])
 
     def read(self, chain: str | None = None) -> dict[str, Counts]:
         """All jobs' counts from one netlink dump, or one job's at a cost that does not grow with the others'."""
@@ -96,6 +107,7 @@ class Nftables:
         commands += [{"delete": _element(name, ifname, chain)} for (name, ifname), chain in stale.items() if chain]
         address = {"family": "inet", "table": TABLE, "name": plan.chain}
         commands += [{"add": {"chain": address}}, {"flush": {"chain": address}}]
+        commands += [{"add": {"set": each}} for each in _class_sets(plan)]
         commands += [{"add": {"rule": rule}} for rule in _job_rules(plan)]
         commands += [{"add": _element(name, plan.ifname, plan.chain)} for name in _MAPS]
         return commands
@@ -139,7 +151,10 @@ class Nftables:
 
 def _base_rules(pools: Pools) -> dict[str, list[tuple[str, list[Expression]]]]:
     """The rules of the base chains under their comments, which say all that can differ: so a change is noticed."""
+    # What comes out of a pipe must come from the address that lies at its other end.
+    unknown_source = {"fib": {"result": "oif", "flags": ["saddr", "iif"]}}
     forward = [
+        ("foreign source", [_match(_meta("iifname"), f"{PREFIX}*"), _match(unknown_source, False), {"drop": None}]),
         ("incoming", [{"vmap": {"key": _meta("oifname"), "data": f"@{_INCOMING}"}}]),
         ("outgoing", [{"vmap": {"key": _meta("iifname"), "data": f"@{_OUTGOING}"}}]),
     ]
@@ -184,9 +199,34 @@ def _job_rules(plan: ChainPlan) -> list[dict[str, Any]]:
 def _class_matches(classes: Sequence[DestinationClass], field: str, *, ipv6: bool) -> list[tuple[str, Expression]]:
     """One match for each class and IP version it has networks of. The sets are disjoint: their order means nothing."""
     return [
-        (name, _match(_payload(family, field), {"set": _ranges(networks)}))
-        for version, family in ((4, "ip"), (6, "ip6"))
-        if version == 4 or ipv6
+        (name, _match(_payload(_FAMILY[version], field), f"@{_set_name(name, version, ranges)}"))
+        for name, version, ranges in _class_ranges(classes, ipv6=ipv6)
+    ]
+
+
+def _class_sets(plan: ChainPlan) -> list[dict[str, Any]]:
+    """The sets that the job's rules look into. One that is there already has the same elements, for its name says so."""
+    return [
+        {
+            "family": "inet",
+            "table": TABLE,
+            "name": _set_name(name, version, ranges),
+            "type": f"ipv{version}_addr",
+            "flags": ["interval"],
+            "elem": ranges,
+        }
+        for name, version, ranges in _class_ranges(plan.classes, ipv6=plan.ipv6)
+    ]
+
+
+def _set_name(name: str, version: int, ranges: list[Expression]) -> str:
+    return f"{name}{version}_{hashlib.sha256(json.dumps(ranges).encode()).hexdigest()[:12]}"
+
+
+def _class_ranges(classes: Sequence[DestinationClass], *, ipv6: bool) -> list[tuple[str, int, list[Expression]]]:
+    return [
+        (name, version, _ranges(networks))
+        for version in ((4, 6) if ipv6 else (4,))
         for name, networks in disjoint(classes, version).items()
     ]
 

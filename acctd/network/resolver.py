@@ -93,13 +93,18 @@ class Relay:
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
         room = asyncio.Semaphore(_AT_ONCE)
-        tasks = []
+        services = []  # the loop alone would not keep them from being collected
         for server, udp, tcp in self._bound:
-            tasks += [loop.create_task(_serve_udp(server, udp, room)), loop.create_task(_serve_tcp(server, tcp, room))]
+            services += [
+                loop.create_task(_serve_udp(server, udp, room)),
+                loop.create_task(_serve_tcp(server, tcp, room)),
+            ]
         loop.run_forever()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        # A cancelled task may start another, and a connection may come in meanwhile.
+        while tasks := asyncio.all_tasks(loop):
+            for task in tasks:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
 
 async def _serve_udp(server: Address, inside: socket.socket, room: asyncio.Semaphore) -> None:
@@ -128,23 +133,33 @@ async def _ask(server: Address, inside: socket.socket, query: bytes, client: obj
 
 
 async def _serve_tcp(server: Address, listener: socket.socket, room: asyncio.Semaphore) -> None:
-    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    # Not asyncio.start_server: in Python 3.11 it reports a connection that is cancelled, as ours are when the job ends.
+    loop = asyncio.get_running_loop()
+    under_way: set[asyncio.Task[None]] = set()
+    while True:
+        inside, _ = await loop.sock_accept(listener)
+        if room.locked():
+            inside.close()
+            continue
+        task = loop.create_task(_converse(server, inside, room))
+        under_way.add(task)
+        task.add_done_callback(under_way.discard)
+
+
+async def _converse(server: Address, inside: socket.socket, room: asyncio.Semaphore) -> None:
+    writers: list[asyncio.StreamWriter] = []
+    async with room:
         try:
-            if room.locked():
-                return
-            async with room:
-                there_reader, there_writer = await asyncio.open_connection(str(server), PORT)
-                try:
-                    await asyncio.gather(_copy(reader, there_writer), _copy(there_reader, writer))
-                finally:
-                    there_writer.close()
+            reader, writer = await asyncio.open_connection(sock=inside)
+            writers.append(writer)
+            there_reader, there_writer = await asyncio.open_connection(str(server), PORT)
+            writers.append(there_writer)
+            await asyncio.gather(_copy(reader, there_writer), _copy(there_reader, writer))
         except OSError:
             return  # the host's resolver takes no TCP, or one side hung up: closing tells the other
         finally:
-            writer.close()
-
-    async with await asyncio.start_server(connection, sock=listener) as served:
-        await served.serve_forever()
+            for open_writer in writers:
+                open_writer.close()
 
 
 async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:

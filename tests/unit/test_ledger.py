@@ -1,0 +1,301 @@
+"""The ledger: leases, phases, records and their chain of digests; many processes at once; and files that are wrong."""
+
+import multiprocessing
+import os
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from acctd.errors import AcctdError, ConfigError, ExhaustedError, InUseError, NotFoundError, NotPermittedError
+from acctd.ledger import FILE, SCHEMA, Ledger
+from acctd.model import JobSpec, Limits, Owner, Record, parse_class
+
+OWNER = Owner(uid=1000, gid=100, name="ada")
+SPEC = JobSpec(
+    id="12[3].server",
+    owner=OWNER,
+    limits=Limits(memory=1 << 30, cpus=0.5, cpuset="0-1"),
+    network="nat",
+    classes=(parse_class("Campus", ["10.0.0.0/8", "fd00::/8"]), parse_class("S3", ["192.0.2.1"])),
+    tags={"Project": 'a "b"\nc', "Empty": ""},
+)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "state" / FILE
+
+
+@pytest.fixture
+def ledger(path):
+    with Ledger(path) as opened:
+        yield opened
+
+
+def open_job(ledger, spec=SPEC, slots=range(1, 5), keeper="1:2"):
+    return ledger.open_job(spec, slots=slots, backend="nftables", boot_id="b", boot_ns=7, keeper=keeper)
+
+
+def record(job="r1", **changes):
+    fields = {
+        "id": job, "owner": "ada", "uid": 1000, "node": "n", "state": "done", "started": 1.5, "ended": 2.5,
+        "wall_ns": 10**9, "exit_code": 0, "exit_signal": None, "network": "nat", "limits": Limits(), "tags": {},
+        "totals": {"cpu_user": {"": 5}},
+    }  # fmt: skip
+    return Record(**(fields | changes))
+
+
+def finish(ledger, job="r1", **changes):
+    row = open_job(ledger, replace(SPEC, id=job))
+    ledger.sign_off(row.seq, made := record(job, **changes))
+    ledger.forget(row.seq)
+    return made
+
+
+def test_a_job_comes_back_as_it_was_written(ledger):
+    row = open_job(ledger)
+    assert ledger.open_jobs() == [row]
+    assert (row.phase, row.slot, row.spec) == ("making", 1, SPEC)
+
+
+def test_phases_and_totals_survive_a_restart(path):
+    totals, kept = {"network": {"OutgoingCampus": 2**62}}, {"network": {"OutgoingCampus": 1}}
+    with Ledger(path) as before:
+        row = open_job(before)
+        before.begin(row.seq, 99)
+        before.store_totals(row.seq, totals, kept)
+    with Ledger(path) as after:
+        (found,) = after.open_jobs()
+        assert (found.phase, found.boot_ns, found.totals, found.kept) == ("running", 99, totals, kept)
+        after.sign_off(row.seq, record(SPEC.id))
+        assert after.open_jobs()[0].phase == "closed"
+        after.forget(row.seq)
+        assert after.open_jobs() == []
+        assert after.record(SPEC.id) == record(SPEC.id)
+
+
+def test_an_id_in_use_takes_no_lease(ledger):
+    open_job(ledger)
+    with pytest.raises(InUseError, match=r"job id '12\[3\]\.server' is in use"):
+        open_job(ledger)
+    assert open_job(ledger, replace(SPEC, id="next")).slot == 2
+
+
+def test_an_exhausted_pool_names_its_size_and_takes_no_id(ledger):
+    for number in range(3):
+        open_job(ledger, replace(SPEC, id=f"j{number}"), slots=range(1, 4))
+    with pytest.raises(ExhaustedError, match=r"all 3 pairs are leased; finish a job or enlarge network.pool4"):
+        open_job(ledger, replace(SPEC, id="more"), slots=range(1, 4))
+    assert len(ledger.open_jobs()) == 3
+    # Without a pipe there is no need of one.
+    assert (
+        ledger.open_job(replace(SPEC, id="more"), slots=None, backend=None, boot_id="", boot_ns=0, keeper="").slot
+        is None
+    )
+
+
+def test_slots_go_round(ledger):
+    given = []
+    for number in range(7):
+        row = open_job(ledger, replace(SPEC, id=f"j{number}"), slots=range(1, 4))
+        given.append(row.slot)
+        ledger.forget(row.seq)
+    assert given == [1, 2, 3, 1, 2, 3, 1]
+
+
+def test_a_pool_that_was_made_smaller_starts_anew(ledger):
+    for number in range(6):
+        ledger.forget(open_job(ledger, replace(SPEC, id=f"j{number}"), slots=range(1, 100)).seq)
+    assert open_job(ledger, slots=range(1, 3)).slot == 1
+
+
+def test_only_one_takes_over(ledger):
+    row = open_job(ledger)
+    assert ledger.claim(row, "3:4")
+    assert not ledger.claim(row, "5:6")
+    assert ledger.open_jobs()[0].keeper == "3:4"
+
+
+def test_a_job_has_one_record_at_most(ledger):
+    row = open_job(ledger)
+    ledger.sign_off(row.seq, record(SPEC.id))
+    with pytest.raises(AcctdError):
+        ledger.sign_off(row.seq, record(SPEC.id, exit_code=1))
+    assert ledger.records() == [record(SPEC.id)]
+
+
+def test_the_newest_record_of_an_id_counts_and_limits_keep_the_newest(ledger):
+    for code in range(3):
+        finish(ledger, "again", exit_code=code)
+    finish(ledger, "other")
+    assert ledger.record("again").exit_code == 2
+    assert [r.exit_code for r in ledger.records(2)] == [2, 0]
+    assert [r.id for r in ledger.records()] == ["again", "again", "again", "other"]
+    with pytest.raises(NotFoundError, match="no record of job 'nobody'"):
+        ledger.record("nobody")
+
+
+def test_ids_are_never_given_twice(ledger):
+    assert [ledger.next_id(), ledger.next_id()] == ["r1", "r2"]
+    open_job(ledger, replace(SPEC, id="r3"))
+    finish(ledger, "r4")
+    assert ledger.next_id() == "r5"
+
+
+def test_a_changed_record_shows(ledger, path):
+    finish(ledger, "a")
+    finish(ledger, "b")
+    with sqlite3.connect(path) as db:
+        db.execute(
+            "UPDATE record SET body = CAST(replace(CAST(body AS TEXT), ':1000,', ':1001,') AS BLOB) WHERE id = 'a'"
+        )
+    with pytest.raises(AcctdError, match="record 1 of job 'a' was altered after it was signed off"):
+        ledger.record("a")
+    assert ledger.record("b") == record("b")
+
+
+def test_a_missing_record_shows_in_the_next(ledger, path):
+    for job in ("a", "b", "c"):
+        finish(ledger, job)
+    with sqlite3.connect(path) as db:
+        db.execute("DELETE FROM record WHERE id = 'b'")
+    assert ledger.record("a") == record("a")
+    with pytest.raises(AcctdError, match="was altered"):
+        ledger.record("c")
+
+
+def test_a_record_of_garbage_is_one_sentence_in_a_list_too(ledger, path):
+    finish(ledger, "a")
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE record SET body = x'ff00'")
+    with pytest.raises(AcctdError, match="altered"):
+        ledger.record("a")
+    with pytest.raises(AcctdError, match="altered"):
+        ledger.records()
+
+
+def test_failure_inside_a_transaction_leaves_nothing(ledger):
+    with pytest.raises(RuntimeError), ledger._writing() as db:
+        db.execute("INSERT INTO meta VALUES ('x', 'y')")
+        raise RuntimeError
+    assert ledger._rows("SELECT * FROM meta") == []
+    open_job(ledger)
+
+
+def test_only_the_owner_may_read_it(ledger, path):
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_newer_schema_is_left_alone(path):
+    with Ledger(path):
+        pass
+    with sqlite3.connect(path) as db:
+        db.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=f"has schema {SCHEMA + 1} and this acctd knows {SCHEMA}"):
+        Ledger(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"this is no database\n" * 100, b"SQLite format 3\0" + b"\xff" * 200])
+def test_a_file_that_is_no_ledger(path, content):
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(AcctdError, match=r"ledger .*ledger\.sqlite: .*; see that the disk is not full"):
+        Ledger(path)
+    assert path.read_bytes() == content
+
+
+def test_a_state_directory_that_is_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    for state in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(AcctdError, match=r"ledger .*file"):
+            Ledger(state / FILE)
+
+
+def test_a_state_directory_without_rights():
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)  # noqa: S103  # the way there is open
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                Ledger(Path(place, "state", FILE))
+            except NotPermittedError as e:
+                code = 0 if "run as root or set state_dir" in str(e) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_full_disk_is_one_sentence_and_costs_nothing_already_there(ledger):
+    open_job(ledger)
+    pages = ledger._rows("PRAGMA page_count")[0][0]
+    ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(AcctdError, match="full"):
+        for number in range(1000):
+            open_job(ledger, replace(SPEC, id=f"j{number}", tags={"Big": "x" * 4096}), slots=range(1, 2000))
+    ledger._db.execute("PRAGMA max_page_count = 1000000")
+    assert ledger.open_jobs()[0].spec == SPEC
+    open_job(ledger, replace(SPEC, id="after"), slots=range(1, 5000))
+
+
+def _work(path, number, results):
+    """A process that opens, finishes and forgets jobs as fast as it can."""
+    leases = []
+    with Ledger(path) as ledger:
+        for turn in range(10):
+            job = f"{ledger.next_id()}-{number}-{turn}"
+            row = open_job(ledger, replace(SPEC, id=job), slots=range(1, 9))
+            leases.append((time.monotonic_ns(), 1, row.slot))
+            ledger.begin(row.seq, 1)
+            ledger.sign_off(row.seq, record(job))
+            leases.append((time.monotonic_ns(), -1, row.slot))
+            ledger.forget(row.seq)
+    results.put(leases)
+
+
+def test_processes_side_by_side_share_no_lease_and_one_chain_of_records(path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [context.Process(target=_work, args=(path, number, results)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    events = sorted(event for _ in workers for event in results.get(timeout=60))
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    held = set()
+    for _, step, slot in events:
+        assert (slot in held) == (step < 0)
+        (held.add if step > 0 else held.discard)(slot)
+    with Ledger(path) as ledger:
+        records = ledger.records()
+        assert len({r.id for r in records}) == 40
+        for found in records:
+            assert ledger.record(found.id) == found  # every digest fits
+
+
+def test_what_is_committed_survives_kill_9(path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from tests.unit.test_ledger import *\n"
+        "ledger = Ledger(Path(sys.argv[1])); row = open_job(ledger); ledger.begin(row.seq, 3)\n"
+        "ledger.sign_off(row.seq, record(SPEC.id))\n"
+        "ledger._db.execute('BEGIN IMMEDIATE'); ledger._db.execute('DELETE FROM record')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-9, "")
+    with Ledger(path) as ledger:
+        assert ledger.record(SPEC.id) == record(SPEC.id)
+        assert ledger.open_jobs()[0].phase == "closed"

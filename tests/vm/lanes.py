@@ -1,0 +1,29 @@
+"""What runs in which guest: the files of tests/vm/inside that each cgroup layout gets, and their tests by name.
+
+The division spreads what is independent of the layout (the two netfilter back ends) over the guests.
+"""
+
+import ast
+from pathlib import Path
+
+INSIDE = Path(__file__).with_name("inside")
+
+LANES: dict[str, tuple[str, ...]] = {
+    "v2": ("inside_v2.py", "inside_any.py", "inside_nat.py"),
+    "joined": ("inside_any.py", "inside_nat.py"),
+    "single": ("inside_any.py",),
+    "divided": ("inside_any.py",),
+}
+
+BACKENDS = {"v2": "nftables", "joined": "iptables"}
+"""Which back end inside_nat.py takes where: one emulated run of either is enough."""
+
+
+def names(layout: str) -> list[str]:
+    """The tests of a layout as its guest reports them; found in the source, since here they cannot be imported."""
+    found = []
+    for file in LANES[layout]:
+        for node in ast.parse((INSIDE / file).read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                found.append(node.name)
+    return found
