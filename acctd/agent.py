@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Self
 
@@ -18,8 +19,8 @@ from acctd.cgroup.driver import JobCgroups, arm_block_counters, sweep_sentinels
 from acctd.cgroup.layout import Layout, discover
 from acctd.config import Config
 from acctd.errors import AcctdError, InUseError, KernelRefusedError, NotPermittedError
-from acctd.kernel import conntrack, procs
-from acctd.ledger import FILE, Ledger, OpenJob
+from acctd.kernel import conntrack, procs, rtnetlink
+from acctd.ledger import FILE, Ledger, OpenJob, Place
 from acctd.meter import Meter
 from acctd.metrics import CPU_SYSTEM, CPU_USER, NETWORK_BYTES, NETWORK_PACKETS, Readings
 from acctd.model import JobSpec, Record, chain_name
@@ -59,7 +60,6 @@ class Job:
     namespace: int | None = None
     meter: Meter = field(default_factory=Meter)
     readers: list[Reader] = field(default_factory=list)
-    seen: list[Readings | None] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -90,6 +90,8 @@ class Agent:
         self._keeper = procs.identity(os.getpid())
         self._boot_id = procs.boot_id()
         self._chains: dict[str, Chains] = {}
+        self.trouble: list[str] = []
+        """What could not be cleaned up so far, one sentence each; recover() tries again."""
         self._armed: dict[str, str] = {}  # disk -> serial number
 
     def __enter__(self) -> Self:
@@ -106,16 +108,24 @@ class Agent:
         """Lease, cgroups, pipe and chain for a job; on failure nothing of it is left."""
         nat = spec.network == "nat"
         chains = self._backend(self.config.network.backend) if nat else None
+        place = Place(self.config.cgroup.base)
+        if chains is not None:
+            place = replace(place, backend=chains.name, pool4=str(self.pools.v4), pool6=str(self.pools.v6 or ""))
         row = self.ledger.open_job(
             spec,
+            place,
             slots=pool.slots(self.pools) if nat else None,
-            backend=chains.name if chains else None,
             boot_id=self._boot_id,
             boot_ns=boottime(),
             keeper=self._keeper,
         )
         job = self._hold(row)
         try:
+            if job.lease is not None and rtnetlink.link_index(job.lease.ifname) is not None:
+                raise InUseError(
+                    f"link {job.lease.ifname} exists already; see that no other acctd, with another state_dir, "
+                    f"uses network.pool4 {self.pools.v4} here"
+                )
             job.cgroups.create(spec.limits)
             if nat:
                 self._lay_pipe(job)
@@ -124,7 +134,7 @@ class Agent:
             self._count_block_io()
             self._open_readers(job)
         except InUseError:
-            # A cgroup of that name is somebody else's: abandon() would end their processes.
+            # A link or a cgroup of that name is somebody else's: abandon() would take it from them.
             self.ledger.forget(row.seq)
             raise
         except BaseException:
@@ -133,7 +143,10 @@ class Agent:
         return job
 
     def begin(self, job: Job) -> None:
-        """The job's command runs from now on: from here its wall time counts, and it will have a record."""
+        """The command is about to run, or runs as of now: the job will have a record, and its wall time begins.
+
+        Called on both sides of the start: whoever dies between them leaves a job that may have run, and is billed.
+        """
         job.row = replace(job.row, phase="running", boot_ns=boottime())
         self.ledger.begin(job.row.seq, job.row.boot_ns)
 
@@ -151,7 +164,7 @@ class Agent:
         dumps: dict[str, dict[str, Counts]] = {}
         for job in jobs:
             self._read_files(job)
-            backend = job.row.backend
+            backend = job.row.place.backend
             if backend is not None:
                 if backend not in dumps:
                     dumps[backend] = self._backend(backend).read()
@@ -166,18 +179,22 @@ class Agent:
     def finish(self, job: Job, ending: Ending) -> Record:
         """End, read for the last time, sign off, dismantle: in this order, so that no byte is missed.
 
-        Processes that cannot be killed are named in the record's notes; their cgroups stay for recover() to remove.
+        Processes that cannot be killed are named in the record's notes. What cannot be removed is named in
+        `self.trouble`, and stays for recover(): the record is good all the same.
         """
         if survivors := job.cgroups.kill():
             job.notes.append(f"processes {_listed(survivors)} did not die on SIGKILL and are not fully accounted for")
         self._take_pipe(job)
         self._read_files(job)
-        if job.row.backend is not None:
+        if job.row.place.backend is not None:
             chain = chain_name(job.spec.id)
-            _feed_counts(job, self._backend(job.row.backend).read(chain).get(chain, {}))
+            _feed_counts(job, self._backend(job.row.place.backend).read(chain).get(chain, {}))
         record = self._record(job, ending)
         self.ledger.sign_off(job.row.seq, record)
-        self._dismantle(job)
+        try:
+            self._dismantle(job)
+        except AcctdError as e:
+            self.trouble.append(f"job {job.spec.id}: {e}")
         return record
 
     # Putting right what others left
@@ -185,10 +202,10 @@ class Agent:
     def recover(self) -> list[Record]:
         """Finish the jobs whose keeper died and whose processes are gone; undo half-made ones. Living jobs are let be.
 
-        Returns the records written. Trouble with one job does not keep another from being dealt with.
+        Returns the records written. Trouble with one job goes to `self.trouble` and does not keep another from being
+        dealt with.
         """
         written: list[Record] = []
-        trouble: list[str] = []
         sweep_sentinels(self.layout, self.config.cgroup.base)
         for row in self.ledger.open_jobs():
             if procs.is_alive(row.keeper) and row.boot_id == self._boot_id:
@@ -198,14 +215,12 @@ class Agent:
                 if record is not None:
                     written.append(record)
             except AcctdError as e:
-                trouble.append(f"job {row.spec.id}: {e}")
-        if trouble:
-            raise KernelRefusedError(f"could not clean up after earlier jobs: {'; '.join(trouble)}")
+                self.trouble.append(f"job {row.spec.id}, whose acctd had died: {e}")
         return written
 
     def _recover_one(self, row: OpenJob) -> Record | None:
         job = self._hold(row)
-        if row.phase != "closed" and row.boot_id == self._boot_id and job.cgroups.procs():
+        if row.phase != "closed" and row.boot_id == self._boot_id and job.cgroups.living():
             return None
         if not self.ledger.claim(row, self._keeper):
             return None
@@ -213,6 +228,7 @@ class Agent:
             self.abandon(job)
             return None
         if row.phase == "closed":
+            job.cgroups.kill()
             self._take_pipe(job)
             self._dismantle(job)
             return None
@@ -226,8 +242,12 @@ class Agent:
     # Parts
 
     def _hold(self, row: OpenJob) -> Job:
-        cgroups = JobCgroups(self.layout, self.config.cgroup.base, f"job_{row.spec.id}")
-        lease = pool.lease(self.pools, row.slot) if row.slot is not None else None
+        place = row.place
+        cgroups = JobCgroups(self.layout, place.base, f"job_{row.spec.id}")
+        lease = None
+        if row.slot is not None:
+            pools = Pools(IPv4Network(place.pool4), IPv6Network(place.pool6) if place.pool6 else None)
+            lease = pool.lease(pools, row.slot)
         return Job(row, cgroups, lease, meter=Meter.restore(row.totals, row.kept))
 
     def _backend(self, wanted: str) -> Chains:
@@ -248,12 +268,12 @@ class Agent:
 
     def _lay_pipe(self, job: Job) -> None:
         plan = self._plan(job)
-        if job.lease is None or plan is None or job.row.backend is None:
+        if job.lease is None or plan is None or job.row.place.backend is None:
             raise AcctdError(f"job {job.spec.id} has no lease")
         host.enable_forwarding(ipv6=job.lease.inner6 is not None)
         # The chain first: no packet of the job can pass uncounted.
         with self._network_lock():
-            self._backend(job.row.backend).add(plan)
+            self._backend(job.row.place.backend).add(plan)
         job.namespace = pipe.make(self._netns(job), job.lease)
 
     def _take_pipe(self, job: Job) -> None:
@@ -266,15 +286,15 @@ class Agent:
         """After the record: chain, connections, cgroups, and last the lease."""
         job.close()
         plan = self._plan(job)
-        if plan is not None and job.lease is not None and job.row.backend is not None:
+        if plan is not None and job.lease is not None and job.row.place.backend is not None:
             # Connections first: closing a netfilter socket just after a chain's removal takes some 10 ms.
             conntrack.forget(job.lease.inner)
             with self._network_lock():
-                self._backend(job.row.backend).remove(plan)
+                self._backend(job.row.place.backend).remove(plan)
             pipe.forget(job.lease)
         if not job.cgroups.remove():
             raise KernelRefusedError(
-                f"the cgroups of job {job.spec.id} are still busy; the next acctd run on this node tries again"
+                f"its cgroups are still busy with {_listed(job.cgroups.living()) or 'exiting tasks'}"
             )
         self.ledger.forget(job.row.seq)
 
@@ -313,16 +333,12 @@ class Agent:
             job.readers.append(PidsReader(pids))
         if unified:
             job.readers.append(PressureReader(unified))
-        job.seen = [None] * len(job.readers)
 
     @staticmethod
     def _read_files(job: Job) -> None:
-        seen, meter = job.seen, job.meter
-        for index, reader in enumerate(job.readers):
-            readings = reader.read()
-            # A reader gives the very same object when nothing changed: then there is nothing to add up.
-            if readings is not seen[index]:
-                seen[index] = readings
+        meter = job.meter
+        for reader in job.readers:
+            for readings in reader.changes():
                 meter.feed(readings)
 
     def _record(self, job: Job, ending: Ending) -> Record:

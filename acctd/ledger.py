@@ -34,7 +34,7 @@ CREATE TABLE job (
     id TEXT NOT NULL UNIQUE,
     phase TEXT NOT NULL,
     slot INTEGER UNIQUE,           -- the lease: which pair of addresses of the pool, NULL without a pipe
-    backend TEXT,                  -- which netfilter back end made the chain
+    place BLOB NOT NULL,           -- JSON of Place
     spec BLOB NOT NULL,            -- JSON of model.JobSpec
     created REAL NOT NULL,         -- s since the epoch, a label
     boot_id TEXT NOT NULL,
@@ -58,13 +58,23 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT RO
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a job's kernel objects are, as configured when it was made; a later configuration may say otherwise."""
+
+    base: str  # cgroup.base
+    backend: str | None = None  # which netfilter back end made the chain, None without a pipe
+    pool4: str = ""  # networks in which the slot's addresses lie
+    pool6: str = ""  # "" without IPv6
+
+
+@dataclass(frozen=True, slots=True)
 class OpenJob:
     """One row of the open jobs."""
 
     seq: int
     phase: Phase
     slot: int | None
-    backend: str | None
+    place: Place
     spec: JobSpec
     created: float
     boot_id: str
@@ -97,7 +107,7 @@ class Ledger:
         self._db.close()
 
     def open_job(
-        self, spec: JobSpec, *, slots: range | None, backend: str | None, boot_id: str, boot_ns: int, keeper: str
+        self, spec: JobSpec, place: Place, *, slots: range | None, boot_id: str, boot_ns: int, keeper: str
     ) -> OpenJob:
         """Write the intent to make a job and lease it a slot, in one transaction.
 
@@ -109,15 +119,18 @@ class Ledger:
             slot = self._free_slot(slots) if slots is not None else None
             try:
                 cursor = db.execute(
-                    "INSERT INTO job (id, phase, slot, backend, spec, created, boot_id, boot_ns, keeper, totals, kept) "
+                    "INSERT INTO job (id, phase, slot, place, spec, created, boot_id, boot_ns, keeper, totals, kept) "
                     "VALUES (?, 'making', ?, ?, ?, ?, ?, ?, ?, x'7b7d', x'7b7d')",
-                    (spec.id, slot, backend, msgspec.json.encode(spec, enc_hook=str), now, boot_id, boot_ns, keeper),
+                    (
+                        *(spec.id, slot, msgspec.json.encode(place), msgspec.json.encode(spec, enc_hook=str)),
+                        *(now, boot_id, boot_ns, keeper),
+                    ),
                 )
             except sqlite3.IntegrityError as e:
                 if "job.id" not in str(e):
                     raise
                 raise InUseError(f"job id {spec.id!r} is in use by a living job; choose another") from None
-        return OpenJob(cursor.lastrowid or 0, "making", slot, backend, spec, now, boot_id, boot_ns, keeper)
+        return OpenJob(cursor.lastrowid or 0, "making", slot, place, spec, now, boot_id, boot_ns, keeper)
 
     def next_id(self) -> str:
         """An id nobody has had: r and a number that is never given twice."""
@@ -176,18 +189,19 @@ class Ledger:
 
     def open_jobs(self) -> list[OpenJob]:
         rows = self._rows(
-            "SELECT seq, phase, slot, backend, spec, created, boot_id, boot_ns, keeper, totals, kept "
+            "SELECT seq, phase, slot, place, spec, created, boot_id, boot_ns, keeper, totals, kept "
             "FROM job ORDER BY seq"
         )
         return [
             OpenJob(
-                *(seq, phase, slot, backend),
+                *(seq, phase, slot),
+                msgspec.json.decode(place, type=Place),
                 _spec(spec),
                 *(created, boot_id, boot_ns, keeper),
                 msgspec.json.decode(totals, type=State),
                 msgspec.json.decode(kept, type=State),
             )
-            for seq, phase, slot, backend, spec, created, boot_id, boot_ns, keeper, totals, kept in rows
+            for seq, phase, slot, place, spec, created, boot_id, boot_ns, keeper, totals, kept in rows
         ]
 
     def records(self, limit: int | None = None) -> list[Record]:

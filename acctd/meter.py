@@ -29,6 +29,8 @@ class Meter:
             kind = key[0].kind
             if kind == "gauge":
                 totals[key] = value
+                if (peak := key[0].peak) is not None and value > totals.get((peak, key[1]), -1):
+                    totals[peak, key[1]] = value
             elif kind == "peak":
                 if value > totals.get(key, -1):
                     totals[key] = value

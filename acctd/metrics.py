@@ -25,6 +25,7 @@ class Metric:
     help: str
     classad: str | None = None
     scale: int = 1
+    peak: "Metric | None" = None  # of a gauge: the metric that keeps the highest of its sampled values
 
     @property
     def attribute(self) -> str:
@@ -43,17 +44,25 @@ Readings = dict[Key, int]
 
 
 # Memory: kinds apart, never blended. Kernel docs: admin-guide/cgroup-v1/memory.rst, admin-guide/cgroup-v2.rst.
-MEMORY_ANON = Metric("memory_anon", "bytes", "gauge", "anonymous memory: heap, stack, private mappings")
-MEMORY_SHMEM = Metric("memory_shmem", "bytes", "gauge", "shared memory and tmpfs")
-MEMORY_FILE = Metric("memory_file", "bytes", "gauge", "page cache of files, without shared memory")
-MEMORY_KERNEL = Metric("memory_kernel", "bytes", "gauge", "kernel memory charged to the job")
-MEMORY_SWAP = Metric("memory_swap", "bytes", "gauge", "swapped-out memory")
-MEMORY_RESIDENT = Metric("memory_resident", "bytes", "gauge", "anonymous and shared memory together")
 MEMORY_ANON_PEAK = Metric("memory_anon_peak", "bytes", "peak", "highest sampled memory_anon")
 MEMORY_SHMEM_PEAK = Metric("memory_shmem_peak", "bytes", "peak", "highest sampled memory_shmem")
 MEMORY_FILE_PEAK = Metric("memory_file_peak", "bytes", "peak", "highest sampled memory_file")
+MEMORY_KERNEL_PEAK = Metric("memory_kernel_peak", "bytes", "peak", "highest sampled memory_kernel")
+MEMORY_SWAP_PEAK = Metric("memory_swap_peak", "bytes", "peak", "highest sampled memory_swap")
 MEMORY_RESIDENT_PEAK = Metric(
     "memory_resident_peak", "bytes", "peak", "highest sampled memory_resident", classad="ResidentSetSize", scale=1024
+)
+MEMORY_ANON = Metric(
+    "memory_anon", "bytes", "gauge", "anonymous memory: heap, stack, private mappings", peak=MEMORY_ANON_PEAK
+)
+MEMORY_SHMEM = Metric("memory_shmem", "bytes", "gauge", "shared memory and tmpfs", peak=MEMORY_SHMEM_PEAK)
+MEMORY_FILE = Metric(
+    "memory_file", "bytes", "gauge", "page cache of files, without shared memory", peak=MEMORY_FILE_PEAK
+)
+MEMORY_KERNEL = Metric("memory_kernel", "bytes", "gauge", "kernel memory charged to the job", peak=MEMORY_KERNEL_PEAK)
+MEMORY_SWAP = Metric("memory_swap", "bytes", "gauge", "swapped-out memory", peak=MEMORY_SWAP_PEAK)
+MEMORY_RESIDENT = Metric(
+    "memory_resident", "bytes", "gauge", "anonymous and shared memory together", peak=MEMORY_RESIDENT_PEAK
 )
 MEMORY_PEAK = Metric(
     "memory_peak",
@@ -64,6 +73,9 @@ MEMORY_PEAK = Metric(
     scale=1024,
 )
 MEMORY_FAILCNT = Metric("memory_failcnt", "events", "counter", "times the memory limit was hit")
+MEMORY_SWAP_FAILCNT = Metric(
+    "memory_swap_failcnt", "events", "counter", "times v1's limit of memory and swap together was hit"
+)
 MEMORY_OOM_KILLS = Metric("memory_oom_kills", "events", "counter", "processes the kernel killed for want of memory")
 
 # CPU. Kernel docs: admin-guide/cgroup-v1/cpuacct.rst, scheduler/sched-bwc.rst.
@@ -87,8 +99,8 @@ BLOCK_WRITES = Metric("block_writes", "operations", "counter", "writes to a devi
 BLOCK_DISCARD_BYTES = Metric("block_discard", "bytes", "counter", "bytes discarded on a device")
 
 # Processes. Kernel docs: admin-guide/cgroup-v1/pids.rst.
-PIDS = Metric("pids", "tasks", "gauge", "processes and threads now")
 PIDS_PEAK = Metric("pids_peak", "tasks", "peak", "highest number of processes and threads", classad="NumPids")
+PIDS = Metric("pids", "tasks", "gauge", "processes and threads now", peak=PIDS_PEAK)
 PIDS_REFUSED = Metric("pids_refused", "events", "counter", "forks refused by the pids limit")
 
 # Pressure stall information. Kernel docs: accounting/psi.rst.

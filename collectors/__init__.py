@@ -1,10 +1,10 @@
-"""Kernel -> readings: one module per kernel interface. Collectors read; they never change anything, and never add up.
+"""Kernel -> readings: one module per kernel interface. Collectors read; they change nothing and keep no totals.
 
 What every reader promises:
 
 - A metric the kernel does not count here is absent from the readings. Absence is never 0.
 - A cgroup that is gone gives no readings and no error.
 - A known line that holds something else than a number raises `parse.MalformedFile`; unknown lines are skipped.
-- `read()` returns **the same dict object** as last time when nothing it reads has changed, so callers may skip an idle
-  job by identity. A changed reading comes in a new dict; a dict once returned is never written to again.
+- `changes()` gives what changed since it was last asked, so an idle job costs its caller nothing; `read()` gives all.
+  A dict once given is never written to again.
 """

@@ -33,7 +33,7 @@ from acctd.metrics import (
     Readings,
 )
 from collectors.parse import MalformedFile, Parser, number
-from collectors.reader import Reader, present
+from collectors.reader import CombiningReader, present
 
 METRICS = (BLOCK_READ_BYTES, BLOCK_WRITE_BYTES, BLOCK_READS, BLOCK_WRITES, BLOCK_DISCARD_BYTES)
 
@@ -123,7 +123,7 @@ _V1: tuple[tuple[str, Parser], ...] = (
 )
 
 
-class BlkioReader(Reader):
+class BlkioReader(CombiningReader):
     """Reads one job's block I/O: `directory` is its cgroup in the blkio hierarchy (v1) or the unified one (v2)."""
 
     def __init__(self, directory: CgroupDir) -> None:

@@ -17,7 +17,7 @@ import os
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.metrics import CPU_PERIODS, CPU_SYSTEM, CPU_THROTTLED, CPU_THROTTLED_PERIODS, CPU_USER, Metric, Readings
 from collectors.parse import Parser, StatLines, named, single
-from collectors.reader import Reader, present
+from collectors.reader import CombiningReader, present
 
 METRICS = (CPU_USER, CPU_SYSTEM, CPU_PERIODS, CPU_THROTTLED_PERIODS, CPU_THROTTLED)
 
@@ -90,7 +90,7 @@ def divide(usage: int, sampled: tuple[int, int], last: tuple[int, int]) -> tuple
     return usage - share, share
 
 
-class CpuReader(Reader):
+class CpuReader(CombiningReader):
     """Reads one job's CPU counters. `cpu` and `cpuacct` are its cgroups in those hierarchies; on v2 they are the same.
 
     On a hybrid host `cpuacct` may be the job's directory in the unified hierarchy: what v1 leaves to us, the kernel has

@@ -11,27 +11,24 @@ What differs between kernels:
   lower bound), and MEMORY_FILE is the length of the two file LRU lists, on which shared memory never stands.
 - `memory.peak` (v2) is there from 5.19 on; v1's memory.oom_control has no `oom_kill` line on old kernels: no reading.
 - v1 has two limits and counts the hits apart: a job without swap is stopped at that of memory and swap together, and
-  its memory.failcnt stays 0. No attempt counts in both, so MEMORY_FAILCNT is the sum.
+  its memory.failcnt stays 0: see MEMORY_SWAP_FAILCNT too.
 - v1 counts MEMORY_OOM_KILLS of this very cgroup; v2 adds those of nested ones.
 
-The sampled peaks are emitted with the value of the moment; the meter keeps the highest.
+The peaks by kind are the meter's: it keeps the highest of what is emitted here.
 """
 
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.metrics import (
     MEMORY_ANON,
-    MEMORY_ANON_PEAK,
     MEMORY_FAILCNT,
     MEMORY_FILE,
-    MEMORY_FILE_PEAK,
     MEMORY_KERNEL,
     MEMORY_OOM_KILLS,
     MEMORY_PEAK,
     MEMORY_RESIDENT,
-    MEMORY_RESIDENT_PEAK,
     MEMORY_SHMEM,
-    MEMORY_SHMEM_PEAK,
     MEMORY_SWAP,
+    MEMORY_SWAP_FAILCNT,
     Metric,
     Readings,
 )
@@ -44,11 +41,8 @@ METRICS = (
     MEMORY_FILE,
     MEMORY_KERNEL,
     MEMORY_SWAP,
+    MEMORY_SWAP_FAILCNT,
     MEMORY_RESIDENT,
-    MEMORY_ANON_PEAK,
-    MEMORY_SHMEM_PEAK,
-    MEMORY_FILE_PEAK,
-    MEMORY_RESIDENT_PEAK,
     MEMORY_PEAK,
     MEMORY_FAILCNT,
     MEMORY_OOM_KILLS,
@@ -83,8 +77,7 @@ _V2 = (b"anon", b"file", b"kernel", b"shmem")
 _LINES_V1, _LINES_V1_OLD, _LINES_V2 = StatLines(_V1), StatLines(_V1_OLD), StatLines(_V2)
 
 _ANON, _SHMEM, _FILE, _RESIDENT = (MEMORY_ANON, ""), (MEMORY_SHMEM, ""), (MEMORY_FILE, ""), (MEMORY_RESIDENT, "")
-_ANON_PEAK, _SHMEM_PEAK, _FILE_PEAK = (MEMORY_ANON_PEAK, ""), (MEMORY_SHMEM_PEAK, ""), (MEMORY_FILE_PEAK, "")
-_RESIDENT_PEAK, _SWAP, _KERNEL = (MEMORY_RESIDENT_PEAK, ""), (MEMORY_SWAP, ""), (MEMORY_KERNEL, "")
+_SWAP, _KERNEL = (MEMORY_SWAP, ""), (MEMORY_KERNEL, "")
 
 
 def parse_memory_stat_v1(text: bytes, path: str) -> Readings:
@@ -120,19 +113,13 @@ class MemoryReader(Reader):
     def __init__(self, directory: CgroupDir) -> None:
         super().__init__(present(directory, _V1_FILES if directory.has("memory.usage_in_bytes") else _V2_FILES))
 
-    def _merge(self) -> Readings:
-        readings = super()._merge()
-        if both := readings.pop(_BOTH_FAILCNT_KEY, 0):
-            readings[_FAILCNT_KEY] = readings.get(_FAILCNT_KEY, 0) + both
-        return readings
-
 
 _V1_FILES: tuple[tuple[str, Parser], ...] = (
     ("memory.stat", parse_memory_stat_v1),
     ("memory.kmem.usage_in_bytes", single(MEMORY_KERNEL)),
     ("memory.max_usage_in_bytes", single(MEMORY_PEAK)),
     ("memory.failcnt", single(MEMORY_FAILCNT)),
-    ("memory.memsw.failcnt", single(_BOTH_FAILCNT)),
+    ("memory.memsw.failcnt", single(MEMORY_SWAP_FAILCNT)),
     ("memory.oom_control", parse_oom_control),
 )
 _V2_FILES: tuple[tuple[str, Parser], ...] = (
@@ -168,13 +155,13 @@ def _from_v2(stat: dict[bytes, int]) -> Readings:
 
 
 def _put_kinds(readings: Readings, anon: int | None, shmem: int | None, file: int | None) -> None:
-    """Each kind that is known, its sampled peak, and what anonymous and shared memory come to."""
+    """Each kind that is known, and what anonymous and shared memory come to."""
     if anon is not None:
         resident = anon if shmem is None else anon + shmem
-        readings[_ANON] = readings[_ANON_PEAK] = anon
-        readings[_RESIDENT] = readings[_RESIDENT_PEAK] = resident
+        readings[_ANON] = anon
+        readings[_RESIDENT] = resident
     if shmem is not None:
-        readings[_SHMEM] = readings[_SHMEM_PEAK] = shmem
+        readings[_SHMEM] = shmem
     if file is not None:
         # The kernel sums both lines per CPU, one after the other, while pages move: the difference can dip below 0.
-        readings[_FILE] = readings[_FILE_PEAK] = max(file, 0)
+        readings[_FILE] = max(file, 0)

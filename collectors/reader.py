@@ -1,6 +1,7 @@
 """The loop all cgroup collectors share: pread every kept file, parse only what changed, reuse the rest.
 
-An idle job's tick is then a pread and a comparison a file. Knows no metric and no file name.
+An idle job's tick is then a pread and a comparison a file, and a busy one's touches only what changed. Knows no metric
+and no file name.
 """
 
 from collections.abc import Sequence
@@ -27,11 +28,11 @@ class Reader:
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = tuple(sources)
-        self._readings: Readings = {}
-        self._dirty = False  # outlives a read that raises: what was parsed before the bad file must not be lost
+        # Outlives a call that raises: what was parsed before the bad file must not be lost.
+        self._changed: list[Readings] = []
 
-    def read(self) -> Readings:
-        """What the kernel counts for this job now; the same object as last time if nothing changed.
+    def changes(self) -> list[Readings]:
+        """What changed since the last call, as one dict a file; the first call gives all there is.
 
         Raises MalformedFile for a known line that holds no number, KernelRefusedError for a read that fails.
         """
@@ -40,11 +41,14 @@ class Reader:
             if text != source.text:
                 source.readings = source.parse(text, source.file.path) if text is not None else {}
                 source.text = text
-                self._dirty = True
-        if self._dirty:
-            self._readings = self._merge()
-            self._dirty = False
-        return self._readings
+                self._changed.append(source.readings)
+        changed, self._changed = self._changed, []
+        return changed
+
+    def read(self) -> Readings:
+        """All that the kernel counts for this job now. Raises as changes() does."""
+        self.changes()
+        return self._merge()
 
     def close(self) -> None:
         """Give the descriptors back; a later read() finds nothing."""
@@ -57,6 +61,19 @@ class Reader:
         for source in self._sources:
             merged.update(source.readings)
         return merged
+
+
+class CombiningReader(Reader):
+    """A reader of files that mean something together only: any change makes all of it new, by its own _merge()."""
+
+    def changes(self) -> list[Readings]:
+        """What changed since the last call: everything in one dict, or nothing."""
+        return [self._merge()] if super().changes() else []
+
+    def read(self) -> Readings:
+        """All that the kernel counts for this job now. Raises as changes() does."""
+        super().changes()
+        return self._merge()
 
 
 def present(directory: CgroupDir, parsers: Sequence[tuple[str, Parser]]) -> list[Source]:

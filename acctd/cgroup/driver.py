@@ -106,7 +106,7 @@ class JobCgroups:
         deadline = time.monotonic() + timeout
         pause = 0.0005
         again = False
-        while pids := self._living():
+        while pids := self.living():
             freezer = self.layout.of("freezer")
             if freezer is not None and freezer.version == 1 and (frozen := freezer.job(self.base, self.name)).exists():
                 self._freeze_kill_thaw(frozen)
@@ -119,7 +119,7 @@ class JobCgroups:
                 _kill_all(pids)
             again = True
             if time.monotonic() > deadline:
-                return self._living()
+                return self.living()
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
         return set()
@@ -138,7 +138,7 @@ class JobCgroups:
             _tidy(hierarchy, self.base)
         return True
 
-    def _living(self) -> set[int]:
+    def living(self) -> set[int]:
         """The job's pids less zombies: a zombie has freed its memory and waits only for its parent."""
         return {pid for pid in self.procs() if not _is_dead(pid)}
 

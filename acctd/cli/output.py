@@ -15,15 +15,20 @@ class Output:
     def __init__(self, option: str, path: str) -> None:
         self._option, self._path = option, path
         with self._explained():
-            self._stream: IO[str] = sys.stdout if path == "-" else open(path, "w", encoding="utf-8")
+            # Not truncated yet: a job that is refused leaves what was there.
+            self._stream: IO[str] = sys.stdout if path == "-" else open(path, "a", encoding="utf-8")
 
     def write(self, text: str) -> None:
         """Write all of it and close the file."""
         with self._explained():
+            regular = self._stream is not sys.stdout and os.path.isfile(self._path)
+            if regular:
+                self._stream.truncate(0)
             self._stream.write(text)
             self._stream.flush()
+            if regular:
+                os.fsync(self._stream.fileno())
             if self._stream is not sys.stdout:
-                os.fsync(self._stream.fileno()) if os.path.isfile(self._path) else None
                 self._stream.close()
 
     @contextmanager

@@ -81,12 +81,14 @@ def command(
         if job_id is None:
             spec = replace(spec, id=agent.ledger.next_id())
         record = _account(agent, spec, arguments, groups, environ, signals, quiet=quiet)
-    for form, output in outputs.items():
-        output.write(_formatted(form, record))
+        for form, output in outputs.items():
+            output.write(_formatted(form, record))
     if not quiet:
         for old in recovery:
             click.echo(f"acctd: finished job {old.id}, whose acctd had died", err=True)
         click.echo(f"acctd: {summary(record)}", err=True)
+    for sentence in agent.trouble:
+        click.echo(f"acctd: {sentence}; the next acctd run tries again", err=True)
     return 128 + record.exit_signal if record.exit_signal is not None else record.exit_code or 0
 
 
@@ -106,10 +108,10 @@ def _account(
     started = False
     try:
         with resolver.Relay(job.namespace if job.namespace is not None else -1, servers):
-            # Before the start: if we die right after it, the job is one that ran, and gets its record all the same.
             agent.begin(job)
             process = launch.start(job, arguments, groups=groups, environ=environ, blocked=signals.before)
             started = True
+            agent.begin(job)
             process.returncode = supervise(agent, job, process.pid, LiveLine(job) if not quiet else None)
             ending = Ending.now(process.returncode)
     except BaseException as e:

@@ -12,6 +12,7 @@ from typing import Self
 
 from acctd.agent import Agent, Job
 from acctd.cli.summary import size
+from acctd.errors import AcctdError
 from acctd.meter import State
 
 _FORWARDED = {
@@ -102,7 +103,7 @@ def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None) -> int:
                 _pass_on(event, pid)
         now = time.monotonic()
         if now >= next_poll:
-            agent.poll([job])
+            _poll(agent, job)
             if now - stored >= _STORE_EVERY:
                 agent.store(job)
                 stored = now
@@ -110,6 +111,16 @@ def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None) -> int:
             next_poll = now + step
         if live and (at := live.due()) is not None and now >= at:
             live.draw()
+
+
+def _poll(agent: Agent, job: Job) -> None:
+    """Trouble with one reading must not end the job: it is noted once, and the next reading makes up for it."""
+    try:
+        agent.poll([job])
+    except AcctdError as e:
+        note = f"at least one reading failed ({e})"
+        if note not in job.notes:
+            job.notes.append(note)
 
 
 def _ended(pid: int) -> int | None:

@@ -1,6 +1,7 @@
 """One nf_tables table of family inet, read over raw netlink: its rules' counters, chains and verdict maps.
 
-Reads; libnftables changes, but for sets that may be in use, which it cannot try to remove cheaply. Why not libnftables here too: its JSON listing of 1000 jobs costs ten times as much.
+Reads; changes are libnftables' part, but for sets that may be in use, which it cannot try to remove cheaply. Why not
+libnftables here too: its JSON listing of 1000 jobs costs ten times as much.
 Reference: uapi/linux/netfilter/nf_tables.h.
 
 What makes it fast: nf_tables numbers its generations, so between two changes of the ruleset (anyone's) a dump differs

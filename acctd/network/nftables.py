@@ -12,8 +12,7 @@
 theirs to drop. `incoming` is asked first: a packet from job to job is a new connection for its receiver and is rejected
 before it is billed to its sender. Counters are anonymous, inside the rules, because libnftables fetches every *named*
 object before each change (10 ms a job at 1000 jobs instead of 1.6); and sets are shared, because it fetches every set
-too, anonymous ones included (50 ms). A set nobody needs any more goes with the table. Reference: nft(8),
-libnftables-json(5).
+too, anonymous ones included (14 ms a job at 300 jobs instead of 1.0). Reference: nft(8), libnftables-json(5).
 
 The context and the socket belong to the network namespace of the thread that makes the object, and to one thread at a
 time. Between looking and changing another acctd must keep out: the caller holds the node-wide lock.
@@ -205,7 +204,7 @@ def _class_matches(classes: Sequence[DestinationClass], field: str, *, ipv6: boo
 
 
 def _class_sets(plan: ChainPlan) -> list[dict[str, Any]]:
-    """The sets that the job's rules look into. One that is there already has the same elements, for its name says so."""
+    """The sets that the job's rules look into. One of that name has the same elements: its name is made from them."""
     return [
         {
             "family": "inet",

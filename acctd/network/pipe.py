@@ -20,9 +20,11 @@ _LO = 1  # the loopback's index in every network namespace
 def make(path: Path, lease: Lease) -> int:
     """Make the pipe; gives a descriptor of the job's namespace, which the caller closes. On failure nothing is left."""
     namespace = netns.create(path)
+    made = False
     try:
         with rtnetlink.RouteSocket() as outside:
             outside.apply(rtnetlink.veth(lease.ifname, INNER, namespace))
+            made = True
             index = _index(lease.ifname)
             wanted = [rtnetlink.address(index, lease.outer4, 31)]
             if lease.outer6 is not None:
@@ -32,8 +34,10 @@ def make(path: Path, lease: Lease) -> int:
         netns.inside(namespace, lambda: _furnish(lease))
     except BaseException:
         os.close(namespace)
-        remove(path, lease.ifname)
-        forget(lease)
+        # A link of that name which we did not make is somebody else's pipe.
+        remove(path, lease.ifname if made else None)
+        if made:
+            forget(lease)
         raise
     return namespace
 

@@ -8,7 +8,6 @@ from collectors.pids import (
     METRICS,
     PidsReader,
     parse_pids_current,
-    parse_pids_current_as_peak,
     parse_pids_events,
     parse_pids_peak,
 )
@@ -21,10 +20,10 @@ def test_v1(tree, opened, name):
     assert {metric for metric, _ in readings} == set(METRICS)
 
 
-def test_v2_without_a_peak_takes_the_number_of_the_moment(tree, opened):
+def test_v2_without_a_peak_leaves_it_to_the_meter(tree, opened):
     host = tree("v2")
     host.path("", "pids.current").write_bytes(b"5\n")
-    assert opened(PidsReader(host.job(""))).read() == {(PIDS, ""): 5, (PIDS_PEAK, ""): 5, (PIDS_REFUSED, ""): 0}
+    assert opened(PidsReader(host.job(""))).read() == {(PIDS, ""): 5, (PIDS_REFUSED, ""): 0}
 
 
 def test_the_kernels_own_peak_is_taken_where_there_is_one(tree, opened):
@@ -35,7 +34,7 @@ def test_the_kernels_own_peak_is_taken_where_there_is_one(tree, opened):
 
 
 def test_rhel7_counts_no_refusals(tree, opened):
-    assert opened(PidsReader(tree("rhel7").job("pids"))).read() == {(PIDS, ""): 3, (PIDS_PEAK, ""): 3}
+    assert opened(PidsReader(tree("rhel7").job("pids"))).read() == {(PIDS, ""): 3}
 
 
 @pytest.mark.parametrize(
@@ -59,18 +58,18 @@ def test_absent_and_vanished_give_nothing(tree, opened, make_vanish):
     assert reader.read() == {}
 
 
-def test_a_kept_descriptor_sees_new_values_and_an_idle_job_the_same_object(tree, opened):
+def test_a_kept_descriptor_sees_new_values_and_an_idle_job_none(tree, opened):
     host = tree("v1-split")
     reader = opened(PidsReader(host.job("pids")))
     first = reader.read()
-    assert reader.read() is first
+    assert reader.changes() == []
     host.path("pids", "pids.current").write_bytes(b"2\n")
     assert reader.read()[PIDS, ""] == 2
     assert first[PIDS, ""] == 3
 
 
 @given(st.binary())
-@pytest.mark.parametrize("parse", [parse_pids_current, parse_pids_current_as_peak, parse_pids_peak, parse_pids_events])
+@pytest.mark.parametrize("parse", [parse_pids_current, parse_pids_peak, parse_pids_events])
 def test_no_bytes_raise_anything_else(parse, text):
     try:
         assert {metric for metric, _ in parse(text, "x")} <= set(METRICS)

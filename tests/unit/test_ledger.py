@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from acctd.errors import AcctdError, ConfigError, ExhaustedError, InUseError, NotFoundError, NotPermittedError
-from acctd.ledger import FILE, SCHEMA, Ledger
+from acctd.ledger import FILE, SCHEMA, Ledger, Place
 from acctd.model import JobSpec, Limits, Owner, Record, parse_class
 
 OWNER = Owner(uid=1000, gid=100, name="ada")
@@ -38,8 +38,11 @@ def ledger(path):
         yield opened
 
 
+PLACE = Place(base="acctd", backend="nftables", pool4="10.181.0.0/18")
+
+
 def open_job(ledger, spec=SPEC, slots=range(1, 5), keeper="1:2"):
-    return ledger.open_job(spec, slots=slots, backend="nftables", boot_id="b", boot_ns=7, keeper=keeper)
+    return ledger.open_job(spec, PLACE, slots=slots, boot_id="b", boot_ns=7, keeper=keeper)
 
 
 def record(job="r1", **changes):
@@ -94,10 +97,7 @@ def test_an_exhausted_pool_names_its_size_and_takes_no_id(ledger):
         open_job(ledger, replace(SPEC, id="more"), slots=range(1, 4))
     assert len(ledger.open_jobs()) == 3
     # Without a pipe there is no need of one.
-    assert (
-        ledger.open_job(replace(SPEC, id="more"), slots=None, backend=None, boot_id="", boot_ns=0, keeper="").slot
-        is None
-    )
+    assert ledger.open_job(replace(SPEC, id="more"), PLACE, slots=None, boot_id="", boot_ns=0, keeper="").slot is None
 
 
 def test_slots_go_round(ledger):
