@@ -68,10 +68,7 @@ class Nftables:
     def remove(self, plan: ChainPlan) -> None:
         """Remove chain and dispatch in one transaction; with the last chain goes the table."""
         self._run(lambda: self._removal(plan))
-        if self._reader.table_exists():
-            # Each by itself: the kernel keeps those that other jobs' rules look into, and it alone knows which.
-            for each in _class_sets(plan):
-                self._reader.delete_unused_set(each["name"])
+        self._remove_unused_sets(plan)
 
     def read(self, chain: str | None = None) -> dict[str, Counts]:
         """All jobs' counts from one netlink dump, or one job's at a cost that does not grow with the others'."""
@@ -102,7 +99,7 @@ class Nftables:
         stale = {(name, plan.ifname): self._reader.goto_of(name, plan.ifname) for name in _MAPS}
         if self._reader.chain_exists(plan.chain):
             for name in _MAPS:
-                stale |= {(name, ifname): plan.chain for ifname in self._reader.goto_map(name, plan.chain)[0]}
+                stale |= {(name, ifname): plan.chain for ifname in self._reader.goto_map(name, plan.chain).keys}
         commands += [{"delete": _element(name, ifname, chain)} for (name, ifname), chain in stale.items() if chain]
         address = {"family": "inet", "table": TABLE, "name": plan.chain}
         commands += [{"add": {"chain": address}}, {"flush": {"chain": address}}]
@@ -114,20 +111,29 @@ class Nftables:
     def _removal(self, plan: ChainPlan) -> list[Command]:
         if not self._reader.table_exists():
             return []
-        commands: list[Command] = []
-        others = False
-        for name in _MAPS:
-            ifnames, number = self._reader.goto_map(name, plan.chain)
-            commands += [{"delete": _element(name, ifname, plan.chain)} for ifname in ifnames]
-            others |= number > len(ifnames)
-        if not others:
-            # No interface leads to another job's chain; but one may stand there whose elements someone took away.
-            others = any(chain.startswith(CHAIN_PREFIX) and chain != plan.chain for chain in self._reader.chains())
-        if not others:
+        maps = {name: self._reader.goto_map(name, plan.chain) for name in _MAPS}
+        if not any(found.neighbour for found in maps.values()) and self._neighbour(plan) is None:
             return [{"delete": {"table": {"family": "inet", "name": TABLE}}}]
         if not self._reader.chain_exists(plan.chain):
             return []  # nor can a map lead to it
+        commands: list[Command] = [
+            {"delete": _element(name, ifname, plan.chain)} for name, found in maps.items() for ifname in found.keys
+        ]
         return [*commands, {"delete": {"chain": {"family": "inet", "table": TABLE, "name": plan.chain}}}]
+
+    def _neighbour(self, plan: ChainPlan) -> str | None:
+        """Another job's chain, if there is one: also one whose map elements somebody took away."""
+        found = self._reader.goto_map(_OUTGOING, plan.chain).neighbour
+        return found or next((c for c in self._reader.chains() if c.startswith(CHAIN_PREFIX) and c != plan.chain), None)
+
+    def _remove_unused_sets(self, plan: ChainPlan) -> None:
+        """Take away the sets that only this job's rules looked into. Mostly any other job has the same ones."""
+        neighbour = self._neighbour(plan)
+        if neighbour is None:
+            return  # the table has gone too
+        for name in (each["name"] for each in _class_sets(plan)):
+            if not self._reader.mentions(name, neighbour) and not self._reader.mentions(name):
+                self._reader.delete_set(name)
 
     def _base_is_whole(self) -> bool:
         return all(

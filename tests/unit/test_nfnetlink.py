@@ -109,8 +109,8 @@ def test_a_dump_that_a_change_interrupted_is_refused():
 
 
 def test_verdict_map():
-    assert nftrules.parse_goto_map(ELEMENTS, len(ELEMENTS), "JOB_8.0") == (["ac2"], 2)
-    assert nftrules.parse_goto_map(ELEMENTS, len(ELEMENTS), "JOB_8") == ([], 2)
+    assert nftrules.parse_goto_map(ELEMENTS, len(ELEMENTS), "JOB_8.0") == (["ac2"], "JOB_7.0")
+    assert nftrules.parse_goto_map(ELEMENTS, len(ELEMENTS), "JOB_8").keys == []
 
 
 def test_conntrack_entries_by_their_source():
