@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit bench docs clean
+.PHONY: help setup demo test test-vm lint unit bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,6 +23,7 @@ demo: $(READY) ## run a job that uses memory, CPU, disk and network, and show it
 	$(RUN) -m lab.demo
 
 test: lint ## lint, types, and every test lane
+	tools/system-packages vm
 	$(RUN) -m pytest
 
 lint: $(READY) ## formatter, linter and types
@@ -32,6 +33,10 @@ lint: $(READY) ## formatter, linter and types
 
 unit: $(READY) ## the lane that needs neither root nor a kernel
 	$(RUN) -m pytest tests/unit
+
+test-vm: $(READY) ## the lane of other cgroup layouts: v2, joined, single and divided, in QEMU
+	tools/system-packages vm
+	$(RUN) -m pytest tests/vm
 
 bench: $(READY) ## all benchmarks; their tables belong into docs/performance.md
 	$(RUN) -m bench.lifecycle

@@ -22,7 +22,15 @@ from acctd.errors import AcctdError, InUseError, KernelRefusedError, NotPermitte
 from acctd.kernel import conntrack, procs, rtnetlink
 from acctd.ledger import FILE, Ledger, OpenJob, Place
 from acctd.meter import Meter
-from acctd.metrics import CPU_SYSTEM, CPU_USER, NETWORK_BYTES, NETWORK_PACKETS, Readings
+from acctd.metrics import (
+    BLOCK_READ_BYTES,
+    BLOCK_WRITE_BYTES,
+    CPU_SYSTEM,
+    CPU_USER,
+    NETWORK_BYTES,
+    NETWORK_PACKETS,
+    Readings,
+)
 from acctd.model import JobSpec, Record, chain_name
 from acctd.network import host, pipe, pool
 from acctd.network.backend import ChainPlan, Chains, Counts, Pools
@@ -343,6 +351,8 @@ class Agent:
 
     def _record(self, job: Job, ending: Ending) -> Record:
         row = job.row
+        totals = job.meter.published()
+        devices = {device for metric in (BLOCK_READ_BYTES, BLOCK_WRITE_BYTES) for device in totals.get(metric.name, {})}
         # After a reboot nobody knows when the job ended; the clock it began on is gone.
         wall = (ending.at or boottime()) - row.boot_ns if row.boot_id == self._boot_id else 0
         return Record(
@@ -359,7 +369,8 @@ class Agent:
             network=row.spec.network,
             limits=row.spec.limits,
             tags=dict(row.spec.tags),
-            totals=job.meter.published(),
+            totals=totals,
+            stacked=tuple(device for device in sorted(devices) if procs.lies_on_others(device)),
             notes=tuple(job.notes),
         )
 

@@ -119,6 +119,7 @@ class Record:
     limits: Limits
     tags: dict[str, str]
     totals: dict[str, dict[str, int]]  # metric name -> label ("" where there is only one) -> total
+    stacked: tuple[str, ...] = ()  # devices in totals whose I/O is counted again under the device they lie on
     notes: tuple[str, ...] = ()  # what an admin must know about this account, one sentence each
 
 

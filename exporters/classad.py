@@ -125,7 +125,9 @@ def _put_totals(ad: _Ad, record: Record) -> None:
             for rule in sorted(totals):
                 ad.put(metric.attribute + rule, totals[rule])
         elif totals:
-            ad.put(metric.attribute, _scaled(metric, sum(totals.values())))
+            # A device that lies on another would be billed twice: the same bytes are counted under both.
+            counts = [count for label, count in totals.items() if label not in record.stacked]
+            ad.put(metric.attribute, _scaled(metric, sum(counts)))
 
     user, system = _sole(record, CPU_USER), _sole(record, CPU_SYSTEM)
     if user is not None and system is not None and record.wall_ns > 0:

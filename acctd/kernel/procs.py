@@ -31,6 +31,22 @@ def _start_time(pid: int) -> str | None:
     return None if fields[0] in (b"Z", b"X") else fields[19].decode()
 
 
+def lies_on_others(device: str, root: Path = Path("/")) -> bool:
+    """Whether a block device's I/O is done by another one, and counted there once more.
+
+    True for what the kernel says has slaves (device mapper, RAID), and for a loop device on a file of a file system
+    that has a device. `device` is "major:minor"; one that is gone lies on nothing.
+    """
+    entry = root / "sys/dev/block" / device
+    try:
+        if any((entry / "slaves").iterdir()):
+            return True
+        backing = (entry / "loop/backing_file").read_text().strip()
+        return os.major(os.stat(backing).st_dev) != 0
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def disks(root: Path = Path("/")) -> dict[str, str]:
     """Whole block devices that hold something: "major:minor", what block I/O is counted by, and the kernel's serial
     number of the disk (since 5.15, "" before), which tells a later disk under the same number.

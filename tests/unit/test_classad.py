@@ -239,3 +239,9 @@ def test_what_no_classad_can_carry_is_refused(value):
 def test_a_name_that_would_break_the_line_is_refused(name):
     with pytest.raises(UsageError, match="is no ClassAd attribute name"):
         format_ad({name: 1})
+
+
+def test_a_device_that_lies_on_another_is_not_summed_twice():
+    totals = {"block_write": {"254:0": 4096, "7:0": 4096}, "block_writes": {"254:0": 2, "7:0": 1}}
+    ad = record_ad(replace(RECORD, totals=totals, stacked=("7:0",)))
+    assert (ad["BlockWriteKbytes"], ad["BlockWrites"]) == (4, 2)
