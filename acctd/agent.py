@@ -254,8 +254,7 @@ class Agent:
         cgroups = JobCgroups(self.layout, place.base, f"job_{row.spec.id}")
         lease = None
         if row.slot is not None:
-            pools = Pools(IPv4Network(place.pool4), IPv6Network(place.pool6) if place.pool6 else None)
-            lease = pool.lease(pools, row.slot)
+            lease = pool.lease(_pools(place), row.slot)
         return Job(row, cgroups, lease, meter=Meter.restore(row.totals, row.kept))
 
     def _backend(self, wanted: str) -> Chains:
@@ -281,6 +280,7 @@ class Agent:
         host.enable_forwarding(ipv6=job.lease.inner6 is not None)
         # The chain first: no packet of the job can pass uncounted.
         with self._network_lock():
+            host.keep_in(_pools(job.row.place))
             self._backend(job.row.place.backend).add(plan)
         job.namespace = pipe.make(self._netns(job), job.lease)
 
@@ -299,7 +299,8 @@ class Agent:
             conntrack.forget(job.lease.inner)
             with self._network_lock():
                 self._backend(job.row.place.backend).remove(plan)
-            pipe.forget(job.lease)
+                if not self.ledger.has_neighbours(job.row):
+                    host.let_go(_pools(job.row.place))
         if not job.cgroups.remove():
             raise KernelRefusedError(
                 f"its cgroups are still busy with {_listed(job.cgroups.living()) or 'exiting tasks'}"
@@ -379,6 +380,10 @@ def with_default_classes(spec: JobSpec, config: Config) -> JobSpec:
     """The configured classes, with those that the job names itself put in their place by name."""
     own = {cls.name for cls in spec.classes}
     return replace(spec, classes=(*spec.classes, *(cls for cls in config.network.classes if cls.name not in own)))
+
+
+def _pools(place: Place) -> Pools:
+    return Pools(IPv4Network(place.pool4), IPv6Network(place.pool6) if place.pool6 else None)
 
 
 def _feed_counts(job: Job, counts: Counts) -> None:

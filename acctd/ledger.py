@@ -204,6 +204,12 @@ class Ledger:
             for seq, phase, slot, place, spec, created, boot_id, boot_ns, keeper, totals, kept in rows
         ]
 
+    def has_neighbours(self, job: OpenJob) -> bool:
+        """Whether another open job has its lease in the same pools."""
+        place = msgspec.json.encode(job.place)
+        row = self._row("SELECT 1 FROM job WHERE slot IS NOT NULL AND seq != ? AND place = ? LIMIT 1", job.seq, place)
+        return row is not None
+
     def records(self, limit: int | None = None) -> list[Record]:
         """The newest records, oldest first; all without a limit."""
         number = -1 if limit is None else limit
@@ -228,13 +234,12 @@ class Ledger:
             raise AcctdError(f"record {number} is altered beyond reading ({e}); restore {self.path}") from e
 
     def _free_slot(self, slots: range) -> int:
-        taken = {row[0] for row in self._rows("SELECT slot FROM job WHERE slot IS NOT NULL")}
         row = self._row("SELECT value FROM meta WHERE key = 'last_slot'")
         last = int(row[0]) if row else slots.start - 1
         start = last + 1 if last + 1 in slots else slots.start
         for offset in range(len(slots)):
             slot = slots[(start - slots.start + offset) % len(slots)]
-            if slot not in taken:
+            if self._row("SELECT 1 FROM job WHERE slot = ?", slot) is None:
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES ('last_slot', ?)", (str(slot),))
                 return slot
         raise ExhaustedError(

@@ -12,7 +12,7 @@ a dump of the same generation and size is read by one unpack.
 import errno
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Generic, NamedTuple, TypeVar
 
@@ -104,30 +104,13 @@ def parse_comments(buffer: Buffer, size: int) -> list[str]:
     return [_parse_rule(buffer, start, end).comment for _, _, start, end in messages(buffer, size)]
 
 
-class GotoMap(NamedTuple):
-    """A verdict map as one chain sees it."""
-
-    keys: list[str]  # the interface names that go to the chain
-    neighbour: str | None  # some other chain that one goes to, if any does
-
-
-def parse_goto_map(buffer: Buffer, size: int, chain: str) -> GotoMap:
-    """Of a dump of a verdict map with text keys: the keys that go to `chain`, and one of the others' targets."""
-    keys: list[str] = []
-    neighbour: str | None = None
-    needle = chain.encode() + b"\0"
+def parse_gotos(buffer: Buffer, size: int) -> Iterator[tuple[str, str]]:
+    """Of a dump of a verdict map with text keys: each key and the chain it goes to."""
     for _, _, start, end in messages(buffer, size):
         for kind, first, last in attributes(buffer, start + HEADERS, end):
-            if kind != _ELEMENTS:
-                continue
-            for _, at, to in attributes(buffer, first, last):
-                if neighbour is None or needle in buffer[at:to]:
-                    key, target = _element(buffer, at, to)
-                    if target == chain:
-                        keys.append(key)
-                    else:
-                        neighbour = target
-    return GotoMap(keys, neighbour)
+            if kind == _ELEMENTS:
+                for _, at, to in attributes(buffer, first, last):
+                    yield _element(buffer, at, to)
 
 
 class Layout(Generic[T]):
@@ -234,11 +217,11 @@ class TableReader(Generic[T]):
         request = text_attribute(_CHAIN_TABLE, self._table) + text_attribute(_CHAIN_NAME, chain)
         return self._socket.ask(_GETCHAIN, _INET, request) is not None
 
-    def goto_map(self, name: str, chain: str) -> GotoMap:
-        """The keys of one verdict map that go to `chain`, and the number of all its keys; 0 if there is no such map."""
+    def gotos(self, name: str) -> Iterator[tuple[str, str]]:
+        """Each interface name in a verdict map and the chain it goes to; to be used before the next call."""
         request = text_attribute(_ELEMENTS_TABLE, self._table) + text_attribute(_ELEMENTS_SET, name)
         dump = self._socket.dump(_GETSETELEM, _INET, request)
-        return parse_goto_map(dump.buffer, dump.size, chain) if dump else GotoMap([], None)
+        return parse_gotos(dump.buffer, dump.size) if dump else iter(())
 
     def goto_of(self, name: str, ifname: str) -> str | None:
         """The chain one interface name goes to in a verdict map; None if it is not in there, or there is no map."""

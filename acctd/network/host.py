@@ -1,12 +1,14 @@
-"""What the host itself must do for the pipes: forward packets. Read and switched on, never off again.
+"""What the host itself must do for the pipes: forward packets, and keep those of the pools from going astray.
 
-Others on the host may have come to rely on forwarding, so acctd leaves it on when the last job goes. Kernel docs:
-networking/ip-sysctl.rst.
+Others on the host may have come to rely on forwarding, so acctd leaves it on when the last job goes; the pools' routes
+go with it. Kernel docs: networking/ip-sysctl.rst.
 """
 
 from pathlib import Path
 
 from acctd.errors import NotPermittedError
+from acctd.kernel import rtnetlink
+from acctd.network.backend import Pools
 
 _NET = Path("/proc/sys/net")
 
@@ -42,6 +44,22 @@ def enable_forwarding(*, ipv6: bool, net: Path = _NET) -> None:
         raise NotPermittedError(
             f"cannot switch forwarding on: {e.filename}: {e.strerror}; run as root, or set it before with sysctl"
         ) from e
+
+
+def keep_in(pools: Pools) -> None:
+    """Drop what is for an address of the pools and finds no pipe there: else it would leave by the default route."""
+    _blackholes(pools, present=True)
+
+
+def let_go(pools: Pools) -> None:
+    """Take back what keep_in() did. Nothing there is fine."""
+    _blackholes(pools, present=False)
+
+
+def _blackholes(pools: Pools, *, present: bool) -> None:
+    networks: list[rtnetlink.Network] = [pools.v4] if pools.v6 is None else [pools.v4, pools.v6]
+    with rtnetlink.RouteSocket() as routes:
+        routes.apply(*(rtnetlink.blackhole(network, present=present) for network in networks))
 
 
 def _is_on(path: Path) -> bool:

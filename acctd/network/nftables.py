@@ -67,8 +67,12 @@ class Nftables:
 
     def remove(self, plan: ChainPlan) -> None:
         """Remove chain and dispatch in one transaction; with the last chain goes the table."""
-        self._run(lambda: self._removal(plan))
-        self._remove_unused_sets(plan)
+        if not self._reader.table_exists():
+            return
+        neighbour = self._neighbour(plan)
+        self._run(lambda: self._removal(plan, neighbour))
+        if neighbour is not None:
+            self._remove_unused_sets(plan, neighbour)
 
     def read(self, chain: str | None = None) -> dict[str, Counts]:
         """All jobs' counts from one netlink dump, or one job's at a cost that does not grow with the others'."""
@@ -99,7 +103,7 @@ class Nftables:
         stale = {(name, plan.ifname): self._reader.goto_of(name, plan.ifname) for name in _MAPS}
         if self._reader.chain_exists(plan.chain):
             for name in _MAPS:
-                stale |= {(name, ifname): plan.chain for ifname in self._reader.goto_map(name, plan.chain).keys}
+                stale |= {(name, ifname): chain for ifname, chain in self._reader.gotos(name) if chain == plan.chain}
         commands += [{"delete": _element(name, ifname, chain)} for (name, ifname), chain in stale.items() if chain]
         address = {"family": "inet", "table": TABLE, "name": plan.chain}
         commands += [{"add": {"chain": address}}, {"flush": {"chain": address}}]
@@ -108,29 +112,28 @@ class Nftables:
         commands += [{"add": _element(name, plan.ifname, plan.chain)} for name in _MAPS]
         return commands
 
-    def _removal(self, plan: ChainPlan) -> list[Command]:
-        if not self._reader.table_exists():
-            return []
-        maps = {name: self._reader.goto_map(name, plan.chain) for name in _MAPS}
-        if not any(found.neighbour for found in maps.values()) and self._neighbour(plan) is None:
-            return [{"delete": {"table": {"family": "inet", "name": TABLE}}}]
+    def _removal(self, plan: ChainPlan, neighbour: str | None) -> list[Command]:
+        if neighbour is None:
+            return [{"delete": {"table": {"family": "inet", "name": TABLE}}}] if self._reader.table_exists() else []
         if not self._reader.chain_exists(plan.chain):
             return []  # nor can a map lead to it
-        commands: list[Command] = [
-            {"delete": _element(name, ifname, plan.chain)} for name, found in maps.items() for ifname in found.keys
-        ]
+        commands: list[Command] = []
+        for name in _MAPS:
+            if self._reader.goto_of(name, plan.ifname) == plan.chain:
+                commands.append({"delete": _element(name, plan.ifname, plan.chain)})
+            else:
+                # The lease is not the one it was made with: look for it under any name.
+                found = [ifname for ifname, chain in self._reader.gotos(name) if chain == plan.chain]
+                commands += [{"delete": _element(name, ifname, plan.chain)} for ifname in found]
         return [*commands, {"delete": {"chain": {"family": "inet", "table": TABLE, "name": plan.chain}}}]
 
     def _neighbour(self, plan: ChainPlan) -> str | None:
         """Another job's chain, if there is one: also one whose map elements somebody took away."""
-        found = self._reader.goto_map(_OUTGOING, plan.chain).neighbour
+        found = next((chain for _, chain in self._reader.gotos(_OUTGOING) if chain != plan.chain), None)
         return found or next((c for c in self._reader.chains() if c.startswith(CHAIN_PREFIX) and c != plan.chain), None)
 
-    def _remove_unused_sets(self, plan: ChainPlan) -> None:
+    def _remove_unused_sets(self, plan: ChainPlan, neighbour: str) -> None:
         """Take away the sets that only this job's rules looked into. Mostly any other job has the same ones."""
-        neighbour = self._neighbour(plan)
-        if neighbour is None:
-            return  # the table has gone too
         for name in (each["name"] for each in _class_sets(plan)):
             if not self._reader.mentions(name, neighbour) and not self._reader.mentions(name):
                 self._reader.delete_set(name)

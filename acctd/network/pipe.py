@@ -29,15 +29,12 @@ def make(path: Path, lease: Lease) -> int:
             wanted = [rtnetlink.address(index, lease.outer4, 31)]
             if lease.outer6 is not None:
                 wanted.append(rtnetlink.address(index, lease.outer6, 127))
-            wanted += [rtnetlink.blackhole(pair, present=True) for pair in lease.pairs]
             outside.apply(*wanted)
         netns.inside(namespace, lambda: _furnish(lease))
     except BaseException:
         os.close(namespace)
         # A link of that name which we did not make is somebody else's pipe.
         remove(path, lease.ifname if made else None)
-        if made:
-            forget(lease)
         raise
     return namespace
 
@@ -65,12 +62,6 @@ def remove(path: Path, ifname: str | None) -> None:
     if index is not None:
         _remove_link(index)
     netns.remove(path)
-
-
-def forget(lease: Lease) -> None:
-    """The last trace of a removed pipe: routes that kept late packets for the job from leaving by another way."""
-    with rtnetlink.RouteSocket() as outside:
-        outside.apply(*(rtnetlink.blackhole(pair, present=False) for pair in lease.pairs))
 
 
 def _remove_link(index: int) -> None:

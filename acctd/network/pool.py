@@ -5,7 +5,7 @@ address outside, the upper one inside.
 """
 
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv6Address
 
 from acctd.network.backend import PREFIX, Pools
 
@@ -25,14 +25,6 @@ class Lease:
     def inner(self) -> list[IPv4Address | IPv6Address]:
         """The job's own addresses."""
         return [self.inner4] if self.inner6 is None else [self.inner4, self.inner6]
-
-    @property
-    def pairs(self) -> list[IPv4Network | IPv6Network]:
-        """The networks that the lease's addresses make up."""
-        pairs: list[IPv4Network | IPv6Network] = [IPv4Network((self.outer4, 31))]
-        if self.outer6 is not None:
-            pairs.append(IPv6Network((self.outer6, 127)))
-        return pairs
 
 
 def slots(pools: Pools) -> range:

@@ -101,6 +101,7 @@ class Node:
             "rules": self._rules(),
             "leases": leases,
             "connections": self._connections(),
+            "routes": self._routes(),
         }
 
     def _rules(self) -> list[str]:
@@ -109,13 +110,20 @@ class Node:
             text += self.topology.run(self.topology.node, save, text=True, capture_output=True).stdout
         return [line for line in text.splitlines() if "acctd" in line.lower() or "JOB_" in line or "10.181" in line]
 
+    def _routes(self) -> list[str]:
+        shown = []
+        for family in ("-4", "-6"):
+            argv = ["ip", family, "route", "show", "type", "blackhole"]
+            shown += self.topology.run(self.topology.node, argv, text=True, capture_output=True).stdout.splitlines()
+        return shown
+
     def _connections(self) -> list[str]:
         with self.topology.enter(self.topology.node):
             path = Path("/proc/thread-self/net/nf_conntrack")
             return [line for line in path.read_text().splitlines() if "10.181." in line] if path.exists() else []
 
 
-NOTHING = {"cgroups": [], "namespaces": [], "rules": [], "leases": [], "connections": []}
+NOTHING = {"cgroups": [], "namespaces": [], "rules": [], "leases": [], "connections": [], "routes": []}
 
 
 @pytest.fixture

@@ -109,8 +109,7 @@ def test_a_dump_that_a_change_interrupted_is_refused():
 
 
 def test_verdict_map():
-    assert nftrules.parse_goto_map(ELEMENTS, len(ELEMENTS), "JOB_8.0") == (["ac2"], "JOB_7.0")
-    assert nftrules.parse_goto_map(ELEMENTS, len(ELEMENTS), "JOB_8").keys == []
+    assert sorted(nftrules.parse_gotos(ELEMENTS, len(ELEMENTS))) == [("ac1", "JOB_7.0"), ("ac2", "JOB_8.0")]
 
 
 def test_conntrack_entries_by_their_source():
@@ -124,7 +123,7 @@ def test_conntrack_entries_by_their_source():
 PARSERS = [
     (RULES, lambda dump: nftrules.parse_rules(dump, len(dump))),
     (RULES, lambda dump: nftrules.parse_comments(dump, len(dump))),
-    (ELEMENTS, lambda dump: nftrules.parse_goto_map(dump, len(dump), "JOB_8.0")),
+    (ELEMENTS, lambda dump: list(nftrules.parse_gotos(dump, len(dump)))),
     (CONNECTIONS, lambda dump: conntrack.parse_entries(dump, len(dump), {b"\0\0\0\0"})),
 ]
 
