@@ -85,7 +85,7 @@ class LiveLine:
 def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None) -> int:
     """Wait for the job's main process, polling the job meanwhile. Returns its exit status, or -n after signal n.
 
-    Polls come at 1, 2, 4, ... ms and then at the configured interval, so that a short job is sampled too.
+    Polls come at gaps of 1, 2, 4, ... ms and then of the configured interval, so that a short job is sampled too.
     """
     interval = agent.config.poll_interval
     started = time.monotonic()
