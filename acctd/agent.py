@@ -8,7 +8,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network
@@ -106,9 +106,18 @@ class Agent:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for chains in self._chains.values():
+        for chains in {id(chains): chains for chains in self._chains.values()}.values():
             chains.close()
         self._open.close()
+
+    def reconfigure(self, config: Config) -> None:
+        """Another configuration for the jobs to come; those there are keep what they were made with."""
+        self.layout = discover(config.cgroup.controllers)
+        self.pools = Pools(config.network.pool4, config.network.pool6 if host.has_ipv6() else None)
+        for chains in {id(chains): chains for chains in self._chains.values()}.values():
+            chains.close()
+        self._chains.clear()
+        self.config = config
 
     # Making a job
 
@@ -138,7 +147,7 @@ class Agent:
             if nat:
                 self._lay_pipe(job)
             elif spec.network == "none":
-                job.namespace = pipe.make_empty(self._netns(job))
+                job.namespace = pipe.make_empty(self.netns(job))
             self._count_block_io()
             self._open_readers(job)
         except InUseError:
@@ -169,14 +178,24 @@ class Agent:
 
     def poll(self, jobs: list[Job]) -> None:
         """Read every job once and meter it: the counter files of each, and one dump of all chains of a back end."""
-        dumps: dict[str, dict[str, Counts]] = {}
+        dumps = {name: self.read_chains(name) for name in {job.row.place.backend for job in jobs} if name is not None}
         for job in jobs:
-            self._read_files(job)
-            backend = job.row.place.backend
-            if backend is not None:
-                if backend not in dumps:
-                    dumps[backend] = self._backend(backend).read()
-                _feed_counts(job, dumps[backend].get(chain_name(job.spec.id), {}))
+            self.take(job, dumps.get(job.row.place.backend or ""))
+
+    def read_chains(self, backend: str) -> dict[str, Counts]:
+        """All jobs' chains of one back end, in one dump."""
+        return self._backend(backend).read()
+
+    def take(self, job: Job, chains: dict[str, Counts] | None) -> None:
+        """Meter one job: its counter files now, and its chain as of a dump."""
+        self._read_files(job)
+        if chains is not None:
+            _feed_counts(job, chains.get(chain_name(job.spec.id), {}))
+
+    def read_one(self, job: Job) -> None:
+        """Meter one job by itself, chain included."""
+        chain = chain_name(job.spec.id)
+        self.take(job, self._backend(job.row.place.backend).read(chain) if job.row.place.backend else None)
 
     def store(self, job: Job) -> None:
         """Put the totals so far into the ledger."""
@@ -193,10 +212,7 @@ class Agent:
         if survivors := job.cgroups.kill():
             job.notes.append(f"processes {_listed(survivors)} did not die on SIGKILL and are not fully accounted for")
         self._take_pipe(job)
-        self._read_files(job)
-        if job.row.place.backend is not None:
-            chain = chain_name(job.spec.id)
-            _feed_counts(job, self._backend(job.row.place.backend).read(chain).get(chain, {}))
+        self.read_one(job)
         record = self._record(job, ending)
         self.ledger.sign_off(job.row.seq, record)
         try:
@@ -207,8 +223,10 @@ class Agent:
 
     # Putting right what others left
 
-    def recover(self) -> list[Record]:
-        """Finish the jobs whose keeper died and whose processes are gone; undo half-made ones. Living jobs are let be.
+    def recover(self, adopt: Callable[[Job], None] | None = None) -> list[Record]:
+        """Finish the jobs whose keeper died and whose processes are gone; undo half-made ones.
+
+        Living jobs are let be, or given to `adopt`, held open and ours from then on.
 
         Returns the records written. Trouble with one job goes to `self.trouble` and does not keep another from being
         dealt with.
@@ -219,16 +237,19 @@ class Agent:
             if procs.is_alive(row.keeper) and row.boot_id == self._boot_id:
                 continue
             try:
-                record = self._recover_one(row)
+                record = self._recover_one(row, adopt)
                 if record is not None:
                     written.append(record)
             except AcctdError as e:
                 self.trouble.append(f"job {row.spec.id}, whose acctd had died: {e}")
         return written
 
-    def _recover_one(self, row: OpenJob) -> Record | None:
+    def _recover_one(self, row: OpenJob, adopt: Callable[[Job], None] | None) -> Record | None:
         job = self._hold(row)
-        if row.phase != "closed" and row.boot_id == self._boot_id and job.cgroups.living():
+        if row.phase == "running" and row.boot_id == self._boot_id and job.cgroups.living():
+            if adopt is not None and self.ledger.claim(row, self._keeper):
+                self._open_readers(job)
+                adopt(job)
             return None
         if not self.ledger.claim(row, self._keeper):
             return None
@@ -264,7 +285,8 @@ class Agent:
             self._chains[wanted] = self._chains.setdefault(chosen.name, chosen)
         return self._chains[wanted]
 
-    def _netns(self, job: Job) -> Path:
+    def netns(self, job: Job) -> Path:
+        """Where the job's network namespace has its name."""
         return self.config.runtime_dir / "netns" / job.spec.id
 
     def _plan(self, job: Job) -> ChainPlan | None:
@@ -282,13 +304,13 @@ class Agent:
         with self._network_lock():
             host.keep_in(_pools(job.row.place))
             self._backend(job.row.place.backend).add(plan)
-        job.namespace = pipe.make(self._netns(job), job.lease)
+        job.namespace = pipe.make(self.netns(job), job.lease)
 
     def _take_pipe(self, job: Job) -> None:
         if job.namespace is not None:
             os.close(job.namespace)
             job.namespace = None
-        pipe.remove(self._netns(job), job.lease.ifname if job.lease else None)
+        pipe.remove(self.netns(job), job.lease.ifname if job.lease else None)
 
     def _dismantle(self, job: Job) -> None:
         """After the record: chain, connections, cgroups, and last the lease."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from acctd.cgroup import limits as limit_files
 from acctd.cgroup.layout import V2_NAME, Hierarchy, Layout
-from acctd.errors import InUseError, KernelRefusedError, UnavailableError
+from acctd.errors import InUseError, KernelRefusedError, NotFoundError, UnavailableError
 from acctd.kernel import procs
 from acctd.kernel.cgroupfs import CgroupDir, checked_parts
 from acctd.model import Limits
@@ -123,6 +123,44 @@ class JobCgroups:
             time.sleep(pause)
             pause = min(pause * 2, 0.05)
         return set()
+
+    def attach(self, pid: int) -> None:
+        """Move a process into the job. Raises NotFoundError if it is gone, KernelRefusedError if the kernel says no."""
+        for _, directory in self.all():
+            try:
+                directory.write("cgroup.procs", str(pid))
+            except KernelRefusedError as e:
+                if isinstance(e.__cause__, OSError) and e.__cause__.errno == errno.ESRCH:
+                    raise NotFoundError(f"pid {pid} does not exist any more; attach a living process") from e
+                raise
+
+    def signal(self, number: int) -> set[int]:
+        """Send a signal to every process of the job; the pids it was sent to."""
+        pids = self.living()
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue  # it ended by itself
+        return pids
+
+    def freeze(self) -> None:
+        """Stop every process of the job, without a signal that it could see. UnavailableError without a freezer."""
+        self._set_frozen(True)
+
+    def thaw(self) -> None:
+        """Let a frozen job go on."""
+        self._set_frozen(False)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        freezer = self.layout.of("freezer")
+        if freezer is None:
+            raise UnavailableError("this host has no freezer; put it back into cgroup.controllers")
+        directory = freezer.job(self.base, self.name)
+        if freezer.version == 1:
+            directory.write("freezer.state", "FROZEN" if frozen else "THAWED")
+        else:
+            directory.write("cgroup.freeze", "1" if frozen else "0")
 
     def remove(self, timeout: float = 2.0) -> bool:
         """Remove all directories, deepest first, retrying while the kernel still lets go of exiting tasks.

@@ -13,6 +13,7 @@ _COMMANDS = {
     "config": "Check the configuration.",
     "doctor": "Say what this host can do, and what to do about what it cannot.",
     "ls": "List open jobs and records.",
+    "serve": "Run the node agent.",
     "run": "Run a command as a job and account for it.",
     "show": "Show a job's record.",
 }

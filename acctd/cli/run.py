@@ -5,20 +5,19 @@ command did: its status, or 128+n after signal n.
 """
 
 import os
-import pwd
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
 import click
 import msgspec
 
+from acctd import accounts, launch
 from acctd import config as configuration
-from acctd import launch
 from acctd.agent import Agent, Ending, with_default_classes
 from acctd.cli.output import Output
 from acctd.cli.summary import summary
 from acctd.cli.supervise import LiveLine, Signals, supervise
-from acctd.errors import NotFoundError, UsageError
+from acctd.errors import UsageError
 from acctd.model import DestinationClass, JobSpec, Limits, NetworkMode, Owner, Record, parse_class, parse_size
 from acctd.network import resolver
 from exporters.classad import format_ad, record_ad
@@ -127,23 +126,10 @@ def _account(
 
 def _owner(user: str | None) -> tuple[Owner, list[int], dict[str, str]]:
     """Who runs the job, with which groups and which environment: that of a login for --user, else the caller's own."""
-    environ = dict(os.environ)
     if user is None:
-        return _named(os.getuid(), os.getgid()), os.getgroups(), environ
-    try:
-        entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
-    except (KeyError, OverflowError):
-        raise NotFoundError(f"user {user!r} does not exist on this host; name one that does") from None
-    environ |= {"HOME": entry.pw_dir, "SHELL": entry.pw_shell, "USER": entry.pw_name, "LOGNAME": entry.pw_name}
-    groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
-    return Owner(entry.pw_uid, entry.pw_gid, entry.pw_name), groups, environ
-
-
-def _named(uid: int, gid: int) -> Owner:
-    try:
-        return Owner(uid, gid, pwd.getpwuid(uid).pw_name)
-    except KeyError:
-        return Owner(uid, gid, str(uid))
+        return accounts.of(os.getuid(), os.getgid()), os.getgroups(), dict(os.environ)
+    account = accounts.named(user)
+    return account.owner, account.groups, os.environ | account.environment
 
 
 def _limits(defaults: Limits, options: Mapping[str, str | float | None]) -> Limits:

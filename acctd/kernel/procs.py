@@ -20,6 +20,20 @@ def is_alive(identity_: str) -> bool:
     return start != "" and _start_time(int(pid)) == start
 
 
+def owner(pid: int) -> int | None:
+    """The real uid of a process, or None if there is none of that pid."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith(b"Uid:"))
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def open_descriptors() -> int:
+    """How many files this process has open."""
+    return len(os.listdir("/proc/self/fd")) - 1  # less the one that lists
+
+
 # /proc/<pid>/stat; the command, in parentheses, may hold anything; state and start time are the 3rd and 22nd fields:
 #   4242 (dd) R 4241 4242 4200 34816 4242 4194304 117 0 0 0 2 11 0 0 20 0 1 0 881231 6021120 ...
 def _start_time(pid: int) -> str | None:

@@ -53,7 +53,8 @@ MAKING = [
     ("{chains}.add", "after", 1),
     ("acctd.kernel.netns:create", "after", 1),
     ("acctd.kernel.libc:mount", "before", 1),  # the name is a file, and nothing is mounted on it
-    ("acctd.kernel.rtnetlink:RouteSocket.apply", "after", 1),  # a link without addresses
+    ("acctd.network.host:keep_in", "after", 1),
+    ("acctd.kernel.rtnetlink:RouteSocket.apply", "after", 2),  # a link without addresses
     ("acctd.network.pipe:make", "after", 1),
     ("acctd.cgroup.driver:JobCgroups.remove", "before", 1),  # the sentinel stays
     ("acctd.agent:Agent._open_readers", "before", 1),
@@ -67,12 +68,13 @@ BEGUN = [
     ("acctd.agent:Agent.finish", "before", 1),
     ("acctd.cgroup.driver:JobCgroups.kill", "after", 1),
     ("acctd.agent:Agent._take_pipe", "before", 1),
-    ("acctd.kernel.rtnetlink:RouteSocket.apply", "after", 4),  # the link is gone, its name is not
+    ("acctd.kernel.rtnetlink:RouteSocket.apply", "after", 5),  # the link is gone, its name is not
     ("acctd.agent:Agent._take_pipe", "after", 1),
     ("acctd.ledger:Ledger.sign_off", "before", 1),
     ("acctd.ledger:Ledger.sign_off", "after", 1),
     ("acctd.agent:Agent._dismantle", "before", 1),
     ("{chains}.remove", "before", 1),
+    ("acctd.network.host:let_go", "before", 1),
     ("{chains}.remove", "after", 1),
     ("acctd.kernel.conntrack:forget", "after", 1),
     ("acctd.cgroup.driver:JobCgroups.remove", "before", 2),

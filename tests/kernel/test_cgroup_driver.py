@@ -440,7 +440,7 @@ def test_a_leader_that_exits_before_its_threads_is_not_dead(job: JobCgroups, sta
     child = start(job, script)
     while not _zombie(child.pid, leader_only=True):
         select.select([], [], [], 0.001)
-    assert child.pid in job._living()
+    assert child.pid in job.living()
     finish(job)
     assert child.wait(10) == -9
 

@@ -36,6 +36,8 @@ def topology():
         made.run(made.node, ["sh", "-c", f"ip link set campus down; ip link set campus name {PIPE} up"])
         # The rename took routes and addresses of the second family along with the link's down.
         made.run(made.node, ["ip", "-6", "address", "replace", "2001:db8:1::1/64", "dev", PIPE, "nodad"])
+        # Without a link-local address a router cannot ask again for a neighbour it has not heard of for a while.
+        made.run(made.node, ["ip", "-6", "address", "replace", "fe80::1/64", "dev", PIPE, "nodad"])
         for address in (IN_CAMPUS, IN_STORAGE, IN_CAMPUS6, IN_STORAGE6):
             made.run(made.wan, ["ip", "address", "add", address, "dev", "lo", "nodad"])
         made.run(made.campus, ["sh", "-c", "ip -6 route replace default via 2001:db8:1::1"])

@@ -1,0 +1,157 @@
+"""The varlink protocol as bytes and types: frames, the interface's description, and its errors. No socket in here.
+
+A message is one JSON object and a NUL. Reference: varlink.org, "Wire format" and "Interface definition". The interface
+org.acctd.Node is what the agent answers to; its text below is what GetInterfaceDescription gives, and a test holds the
+methods it names against those the server has.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from acctd.errors import (
+    AcctdError,
+    ExhaustedError,
+    InUseError,
+    KernelRefusedError,
+    NotFoundError,
+    NotPermittedError,
+    UnavailableError,
+    UsageError,
+)
+
+FRAME_LIMIT = 1 << 18
+"""Bytes of one message at most: above a record with 4096-character tags, below what a flood could cost us."""
+
+INTERFACE = "org.acctd.Node"
+SERVICE = "org.varlink.service"
+
+DESCRIPTION = """\
+# The accounting agent of a batch worker node. Sizes in bytes, times in ns, totals as {metric: {label: number}}.
+interface org.acctd.Node
+
+type Limits (memory: ?int, memory_soft: ?int, swap: ?int, cpus: ?float, cpu_shares: ?int, cpuset: ?string, pids: ?int)
+
+type Job (
+  id: string,
+  owner: string,
+  uid: int,
+  phase: string,
+  network: string,
+  started: float,
+  wall_ns: int,
+  pids: []int,
+  totals: [string][string]int
+)
+
+# Make a job's cgroups and pipe. `user` is a name or a number, the caller if absent.
+method Create(
+  job: string, user: ?string, limits: ?Limits, network: ?string, classes: ?[string][]string, tags: ?[string]string
+) -> (job: string, netns: ?string, address: ?string, cgroups: []string)
+
+# Put a process and what it starts from now on into a job; the caller itself if absent. The job runs from then on.
+method Attach(job: string, pid: ?int) -> ()
+
+# Read the job now. Without a job: all that the caller may see.
+method Usage(job: string) -> (job: Job)
+method List() -> (jobs: []Job)
+
+# Act on every process of a job.
+method Signal(job: string, signal: int) -> (pids: []int)
+method Suspend(job: string) -> ()
+method Continue(job: string) -> ()
+method Kill(job: string) -> (survivors: []int)
+
+# End what is left of a job, read it for the last time, sign its record. Twice is fine: the record is the same.
+method Finish(job: string, exit_code: ?int, exit_signal: ?int) -> (record: object, classad: string)
+
+# Read all jobs now, as a tick does.
+method Snapshot() -> (seconds: float)
+
+# With `more`: one reply an event, from now on.
+method Watch() -> (time: float, job: ?string, event: string, text: string)
+
+# The agent's own cost.
+method Cost() -> (cost: [string]float)
+
+# Read the configuration again. No job is disturbed.
+method Reload() -> ()
+
+# Stop the agent; jobs go on.
+method Quit() -> ()
+
+error UsageError (message: string)
+error NotFound (message: string)
+error NotPermitted (message: string)
+error InUse (message: string)
+error Exhausted (message: string)
+error Unavailable (message: string)
+error KernelRefused (message: string)
+error Failed (message: string)
+"""
+
+_ERRORS: tuple[tuple[type[AcctdError], str], ...] = (
+    (UsageError, "UsageError"),
+    (NotFoundError, "NotFound"),
+    (NotPermittedError, "NotPermitted"),
+    (InUseError, "InUse"),
+    (ExhaustedError, "Exhausted"),
+    (UnavailableError, "Unavailable"),
+    (KernelRefusedError, "KernelRefused"),
+)
+
+
+class FrameError(ValueError):
+    """What came is no message, or too long for one. The connection is of no use any more."""
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One request. `more` asks for several replies, `oneway` for none."""
+
+    method: str
+    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
+    more: bool = False
+    oneway: bool = False
+
+
+class Decoder:
+    """Bytes in, calls out. Keeps at most one unfinished frame."""
+
+    def __init__(self, limit: int = FRAME_LIMIT) -> None:
+        self._limit = limit
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Call]:
+        """The calls that are complete now. Raises FrameError."""
+        self._rest += data
+        while (end := self._rest.find(0)) >= 0:
+            frame = bytes(self._rest[:end])
+            del self._rest[: end + 1]
+            if end > self._limit:
+                raise FrameError(f"a message of {end} bytes is above the {self._limit} allowed")
+            try:
+                yield msgspec.json.decode(frame, type=Call)
+            except (msgspec.DecodeError, RecursionError) as e:
+                raise FrameError(f"not a varlink call: {e}") from None
+        if len(self._rest) > self._limit:
+            raise FrameError(f"a message of more than {self._limit} bytes")
+
+
+def reply(parameters: Mapping[str, Any], *, continues: bool = False) -> bytes:
+    """One answer as a frame."""
+    body: dict[str, Any] = {"parameters": parameters}
+    if continues:
+        body["continues"] = True
+    return msgspec.json.encode(body) + b"\0"
+
+
+def failure(error: str, **parameters: str) -> bytes:
+    """One error as a frame; `error` is its whole name."""
+    return msgspec.json.encode({"error": error, "parameters": parameters}) + b"\0"
+
+
+def refusal(error: AcctdError) -> bytes:
+    """One of acctd's own errors as a frame."""
+    name = next((name for kind, name in _ERRORS if isinstance(error, kind)), "Failed")
+    return failure(f"{INTERFACE}.{name}", message=str(error))
