@@ -18,13 +18,11 @@ from typing import Self
 from acctd.cgroup.driver import JobCgroups, arm_block_counters, sweep_sentinels
 from acctd.cgroup.layout import Layout, discover
 from acctd.config import Config
-from acctd.errors import AcctdError, InUseError, KernelRefusedError, NotPermittedError
-from acctd.kernel import conntrack, procs, rtnetlink
+from acctd.errors import AcctdError, ExhaustedError, InUseError, KernelRefusedError, NotPermittedError
+from acctd.kernel import conntrack, private, procs, rtnetlink
 from acctd.ledger import FILE, Ledger, OpenJob, Place
 from acctd.meter import Meter
 from acctd.metrics import (
-    BLOCK_READ_BYTES,
-    BLOCK_WRITE_BYTES,
     CPU_SYSTEM,
     CPU_USER,
     NETWORK_BYTES,
@@ -40,6 +38,8 @@ from collectors.cpu import CpuReader
 from collectors.memory import MemoryReader
 from collectors.pids import PidsReader
 from collectors.pressure import PressureReader
+
+_LOCK_PATIENCE = 30.0  # s
 
 Reader = BlkioReader | CpuReader | MemoryReader | PidsReader | PressureReader
 
@@ -69,6 +69,12 @@ class Job:
     meter: Meter = field(default_factory=Meter)
     readers: list[Reader] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
+
+    def note(self, sentence: str) -> None:
+        """Say something about this account, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
 
     @property
     def spec(self) -> JobSpec:
@@ -91,13 +97,15 @@ class Agent:
         if os.geteuid() != 0:
             raise NotPermittedError("acctd needs root to make cgroups and network namespaces; run as root or by sudo")
         self.config = config
+        for directory in (config.state_dir, config.runtime_dir, config.runtime_dir / "netns"):
+            private.make(directory)
         self._open = ExitStack()
         self.ledger = self._open.enter_context(Ledger(config.state_dir / FILE))
         self.layout: Layout = discover(config.cgroup.controllers)
         self.pools = Pools(config.network.pool4, config.network.pool6 if host.has_ipv6() else None)
         self._keeper = procs.identity(os.getpid())
         self._boot_id = procs.boot_id()
-        self._chains: dict[str, Chains] = {}
+        self._chains: dict[tuple[str, Pools], Chains] = {}
         self.trouble: list[str] = []
         """What could not be cleaned up so far, one sentence each; recover() tries again."""
         self._armed: dict[str, str] = {}  # disk -> serial number
@@ -124,7 +132,7 @@ class Agent:
     def create(self, spec: JobSpec) -> Job:
         """Lease, cgroups, pipe and chain for a job; on failure nothing of it is left."""
         nat = spec.network == "nat"
-        chains = self._backend(self.config.network.backend) if nat else None
+        chains = self._backend(self.config.network.backend, self.pools) if nat else None
         place = Place(self.config.cgroup.base)
         if chains is not None:
             place = replace(place, backend=chains.name, pool4=str(self.pools.v4), pool6=str(self.pools.v6 or ""))
@@ -138,33 +146,33 @@ class Agent:
         )
         job = self._hold(row)
         try:
-            if job.lease is not None and rtnetlink.link_index(job.lease.ifname) is not None:
-                raise InUseError(
-                    f"link {job.lease.ifname} exists already; see that no other acctd, with another state_dir, "
-                    f"uses network.pool4 {self.pools.v4} here"
-                )
+            self._refuse_what_is_taken(job)
             job.cgroups.create(spec.limits)
+        except InUseError:
+            # Somebody else's: abandon() would take it from them.
+            self.ledger.forget(row.seq)
+            raise
+        except BaseException:
+            self.abandon(job)
+            raise
+        try:
             if nat:
                 self._lay_pipe(job)
             elif spec.network == "none":
                 job.namespace = pipe.make_empty(self.netns(job))
             self._count_block_io()
             self._open_readers(job)
-        except InUseError:
-            # A link or a cgroup of that name is somebody else's: abandon() would take it from them.
-            self.ledger.forget(row.seq)
-            raise
         except BaseException:
             self.abandon(job)
             raise
         return job
 
-    def begin(self, job: Job) -> None:
-        """The command is about to run, or runs as of now: the job will have a record, and its wall time begins.
+    def begin(self, job: Job, at: int | None = None) -> None:
+        """The command is about to run, or runs since `at` (CLOCK_BOOTTIME, ns): the job will have a record.
 
         Called on both sides of the start: whoever dies between them leaves a job that may have run, and is billed.
         """
-        job.row = replace(job.row, phase="running", boot_ns=boottime())
+        job.row = replace(job.row, phase="running", boot_ns=boottime() if at is None else at)
         self.ledger.begin(job.row.seq, job.row.boot_ns)
 
     def abandon(self, job: Job) -> None:
@@ -178,28 +186,49 @@ class Agent:
 
     def poll(self, jobs: list[Job]) -> None:
         """Read every job once and meter it: the counter files of each, and one dump of all chains of a back end."""
-        dumps = {name: self.read_chains(name) for name in {job.row.place.backend for job in jobs} if name is not None}
+        places = {job.row.place for job in jobs if job.row.place.backend is not None}
+        dumps = {place: self.read_chains(place) for place in places}
         for job in jobs:
-            self.take(job, dumps.get(job.row.place.backend or ""))
+            self.take(job, dumps.get(job.row.place))
 
-    def read_chains(self, backend: str) -> dict[str, Counts]:
+    def read_chains(self, place: Place) -> dict[str, Counts]:
         """All jobs' chains of one back end, in one dump."""
-        return self._backend(backend).read()
+        return self._chains_of(place).read()
 
     def take(self, job: Job, chains: dict[str, Counts] | None) -> None:
-        """Meter one job: its counter files now, and its chain as of a dump."""
-        self._read_files(job)
+        """Meter one job: its counter files now, and its chain as of a dump. What cannot be read is noted."""
+        for reader in job.readers:
+            try:
+                changes = reader.changes()
+            except (AcctdError, OSError) as e:
+                job.note(f"a reading failed ({e}); what it would have shown may be missing")
+                continue
+            for readings in changes:
+                job.meter.feed(readings)
+                if isinstance(reader, BlkioReader):
+                    _find_stacked(job, readings)
         if chains is not None:
-            _feed_counts(job, chains.get(chain_name(job.spec.id), {}))
+            self._take_counts(job, chains.get(chain_name(job.spec.id)))
 
     def read_one(self, job: Job) -> None:
         """Meter one job by itself, chain included."""
-        chain = chain_name(job.spec.id)
-        self.take(job, self._backend(job.row.place.backend).read(chain) if job.row.place.backend else None)
+        chains: dict[str, Counts] | None = None
+        if job.row.place.backend is not None:
+            try:
+                chains = self._chains_of(job.row.place).read(chain_name(job.spec.id))
+            except (AcctdError, OSError) as e:
+                job.note(f"the job's chain could not be read ({e}); network bytes since the last reading are missing")
+        self.take(job, chains)
+
+    def _take_counts(self, job: Job, counts: Counts | None) -> None:
+        if counts is not None:
+            _feed_counts(job, counts)
+        elif job.row.boot_id == self._boot_id:
+            job.note("its chain was removed by another program; network bytes since the last reading are missing")
 
     def store(self, job: Job) -> None:
         """Put the totals so far into the ledger."""
-        self.ledger.store_totals(job.row.seq, *job.meter.state())
+        self.ledger.store_totals(job.row.seq, *job.meter.state(), boottime())
 
     # Finishing
 
@@ -244,15 +273,14 @@ class Agent:
                 self.trouble.append(f"job {row.spec.id}, whose acctd had died: {e}")
         return written
 
-    def _recover_one(self, row: OpenJob, adopt: Callable[[Job], None] | None) -> Record | None:
+    def _recover_one(self, seen: OpenJob, adopt: Callable[[Job], None] | None) -> Record | None:
+        alive = seen.boot_id == self._boot_id and bool(self._hold(seen).cgroups.living())
+        if alive and seen.phase == "running" and adopt is None:
+            return None
+        row = self.ledger.claim(seen, self._keeper)
+        if row is None or row.phase != seen.phase:
+            return None  # somebody else deals with it, or its keeper did more before it died: next time
         job = self._hold(row)
-        if row.phase == "running" and row.boot_id == self._boot_id and job.cgroups.living():
-            if adopt is not None and self.ledger.claim(row, self._keeper):
-                self._open_readers(job)
-                adopt(job)
-            return None
-        if not self.ledger.claim(row, self._keeper):
-            return None
         if row.phase == "making":
             self.abandon(job)
             return None
@@ -263,27 +291,39 @@ class Agent:
             return None
         if row.boot_id == self._boot_id:
             self._open_readers(job)
-            job.notes.append("whoever watched this job died before it ended; its exit status is unknown")
+        if alive and adopt is not None:
+            adopt(job)
+            return None
+        if row.boot_id == self._boot_id:
+            job.note(
+                "whoever watched this job died before it ended; its exit status is unknown, and its wall time ends "
+                "when it was found to have ended"
+            )
         else:
-            job.notes.append("the node rebooted while this job ran; the totals are the last ones stored")
+            job.note("the node rebooted while this job ran; totals and wall time are those stored last")
         return self.finish(job, Ending())
 
     # Parts
 
     def _hold(self, row: OpenJob) -> Job:
         place = row.place
-        cgroups = JobCgroups(self.layout, place.base, f"job_{row.spec.id}")
+        # Every controller of the host: the job may be from before one was taken out of the configuration.
+        layout = self.layout if row.keeper == self._keeper else discover()
+        cgroups = JobCgroups(layout, place.base, f"job_{row.spec.id}")
         lease = None
         if row.slot is not None:
             lease = pool.lease(_pools(place), row.slot)
         return Job(row, cgroups, lease, meter=Meter.restore(row.totals, row.kept))
 
-    def _backend(self, wanted: str) -> Chains:
-        if wanted not in self._chains:
-            chosen = choose(wanted, self.pools)
-            # "auto" and the name it led to are the same back end, and one object of it.
-            self._chains[wanted] = self._chains.setdefault(chosen.name, chosen)
-        return self._chains[wanted]
+    def _backend(self, wanted: str, pools: Pools) -> Chains:
+        """The back end of a name, or the one that "auto" leads to, for these pools; made once."""
+        if (wanted, pools) not in self._chains:
+            chosen = choose(wanted, pools)
+            self._chains[wanted, pools] = self._chains.setdefault((chosen.name, pools), chosen)
+        return self._chains[wanted, pools]
+
+    def _chains_of(self, place: Place) -> Chains:
+        return self._backend(place.backend or "", _pools(place))
 
     def netns(self, job: Job) -> Path:
         """Where the job's network namespace has its name."""
@@ -303,8 +343,26 @@ class Agent:
         # The chain first: no packet of the job can pass uncounted.
         with self._network_lock():
             host.keep_in(_pools(job.row.place))
-            self._backend(job.row.place.backend).add(plan)
+            self._chains_of(job.row.place).add(plan)
         job.namespace = pipe.make(self.netns(job), job.lease)
+
+    def _refuse_what_is_taken(self, job: Job) -> None:
+        """Raise InUseError for a name that is somebody else's, before anything of ours is made over it."""
+        if job.lease is not None and rtnetlink.link_index(job.lease.ifname) is not None:
+            raise InUseError(
+                f"link {job.lease.ifname} exists already; see that no other acctd, with another state_dir, "
+                f"uses network.pool4 {self.pools.v4} here"
+            )
+        if self.netns(job).exists():
+            raise InUseError(
+                f"network namespace {self.netns(job)} exists already; choose another id than {job.spec.id}"
+            )
+        others = {place.pool4 for place in self.ledger.leases_beside(job.row)} - {job.row.place.pool4}
+        if job.lease is not None and others:
+            raise InUseError(
+                f"network.pool4 is {job.row.place.pool4} now, but jobs of the pool {others.pop()} are still open; "
+                "finish them first, or set it back"
+            )
 
     def _take_pipe(self, job: Job) -> None:
         if job.namespace is not None:
@@ -320,8 +378,8 @@ class Agent:
             # Connections first: closing a netfilter socket just after a chain's removal takes some 10 ms.
             conntrack.forget(job.lease.inner)
             with self._network_lock():
-                self._backend(job.row.place.backend).remove(plan)
-                if not self.ledger.has_neighbours(job.row):
+                self._chains_of(job.row.place).remove(plan)
+                if not self.ledger.leases_beside(job.row):
                     host.let_go(_pools(job.row.place))
         if not job.cgroups.remove():
             raise KernelRefusedError(
@@ -331,12 +389,21 @@ class Agent:
 
     @contextmanager
     def _network_lock(self) -> Iterator[None]:
-        """One acctd at a time changes the shared parts of the ruleset."""
+        """One acctd at a time changes the shared parts of the ruleset. ExhaustedError if that takes too long."""
         path = self.config.runtime_dir / "network.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            deadline = time.monotonic() + _LOCK_PATIENCE
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise ExhaustedError(
+                            f"another acctd holds {path} for {_LOCK_PATIENCE:.0f} s; see whether one is stopped"
+                        ) from None
+                    time.sleep(0.001)
             yield
         finally:
             os.close(fd)
@@ -365,19 +432,10 @@ class Agent:
         if unified:
             job.readers.append(PressureReader(unified))
 
-    @staticmethod
-    def _read_files(job: Job) -> None:
-        meter = job.meter
-        for reader in job.readers:
-            for readings in reader.changes():
-                meter.feed(readings)
-
     def _record(self, job: Job, ending: Ending) -> Record:
         row = job.row
-        totals = job.meter.published()
-        devices = {device for metric in (BLOCK_READ_BYTES, BLOCK_WRITE_BYTES) for device in totals.get(metric.name, {})}
-        # After a reboot nobody knows when the job ended; the clock it began on is gone.
-        wall = (ending.at or boottime()) - row.boot_ns if row.boot_id == self._boot_id else 0
+        # After a reboot the clock it began on is gone; what it had been up to then was stored.
+        end = (ending.at or boottime()) if row.boot_id == self._boot_id else row.seen_ns
         return Record(
             id=row.spec.id,
             owner=row.spec.owner.name,
@@ -386,14 +444,14 @@ class Agent:
             state="lost" if ending.at is None else "done",
             started=row.created,
             ended=time.time(),
-            wall_ns=wall,
+            wall_ns=max(0, end - row.boot_ns),
             exit_code=ending.exit_code,
             exit_signal=ending.exit_signal,
             network=row.spec.network,
             limits=row.spec.limits,
             tags=dict(row.spec.tags),
-            totals=totals,
-            stacked=tuple(device for device in sorted(devices) if procs.lies_on_others(device)),
+            totals=job.meter.published(),
+            stacked=tuple(sorted(device for device, stacked in job.stacked.items() if stacked)),
             notes=tuple(job.notes),
         )
 
@@ -402,6 +460,13 @@ def with_default_classes(spec: JobSpec, config: Config) -> JobSpec:
     """The configured classes, with those that the job names itself put in their place by name."""
     own = {cls.name for cls in spec.classes}
     return replace(spec, classes=(*spec.classes, *(cls for cls in config.network.classes if cls.name not in own)))
+
+
+def _find_stacked(job: Job, readings: Readings) -> None:
+    """Whether a device lies on another one, asked when it first shows up: a loop device may be gone at the end."""
+    for _, device in readings:
+        if device not in job.stacked:
+            job.stacked[device] = procs.lies_on_others(device)
 
 
 def _pools(place: Place) -> Pools:

@@ -17,7 +17,9 @@ from typing import Any
 from acctd.agent import Agent, Ending, Job, boottime
 from acctd.errors import AcctdError, InUseError, NotFoundError
 from acctd.kernel import procs
+from acctd.ledger import Place
 from acctd.model import JobSpec, Record
+from acctd.network.backend import Counts
 
 _SLICE = 20
 """Jobs read before the loop may do something else: about 1 ms of work."""
@@ -204,19 +206,19 @@ class Daemon:
                     self._read_job(job, dumps)
             await asyncio.sleep(0)
 
-    async def _read_chains(self, jobs: list[Job]) -> dict[str, Any]:
-        dumps: dict[str, Any] = {}
-        for backend in {job.row.place.backend for job in jobs} - {None}:
+    async def _read_chains(self, jobs: list[Job]) -> dict[Place, dict[str, Counts]]:
+        dumps: dict[Place, dict[str, Counts]] = {}
+        for place in {job.row.place for job in jobs if job.row.place.backend is not None}:
             try:
-                dumps[str(backend)] = self.agent.read_chains(str(backend))
+                dumps[place] = self.agent.read_chains(place)
             except AcctdError as e:
                 self._trouble(None, e)
             await asyncio.sleep(0)
         return dumps
 
-    def _read_job(self, job: Job, dumps: dict[str, Any]) -> None:
+    def _read_job(self, job: Job, dumps: dict[Place, dict[str, Counts]]) -> None:
         try:
-            self.agent.take(job, dumps.get(job.row.place.backend or ""))
+            self.agent.take(job, dumps.get(job.row.place))
             self.agent.store(job)
         except AcctdError as e:
             self._trouble(job.spec.id, e)

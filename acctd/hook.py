@@ -6,15 +6,17 @@ a cgroup which is out of memory before exec would hang together with its parent.
 and nothing of the agent is imported here: a job waits for every module that this file loads.
 
 The plan is one JSON object on the descriptor: {"netns": fd or null, "join": [[fd, path]...], "uid", "gid", "groups",
-"blocked": [signal...], "status": fd}. On failure one JSON object {"what", "errno"} goes to `status`; a successful exec
-closes it without a word.
+"blocked": [signal...], "status": fd}. A line {"started": CLOCK_BOOTTIME in ns} goes to `status` right before the exec,
+which closes it; where something fails a line {"what", "errno"} follows or stands alone.
 """
 
 import errno
 import json
 import os
+import select
 import signal
 import sys
+import time
 import warnings  # noqa: F401  # os.execvp loads it when called; the owner may not be able to read Python's library then
 
 EXIT_USAGE = 64
@@ -73,6 +75,13 @@ def launch(plan: dict, command: list[str]) -> int:  # type: ignore[type-arg]  # 
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, plan["blocked"])
+        poller = select.poll()
+        poller.register(plan["status"], 0)
+        if poller.poll(0):
+            # Nobody reads it any more: whoever would account for us has died, and may have been succeeded already.
+            return EXIT_LAUNCH
+        started = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        os.write(plan["status"], json.dumps({"started": started}).encode() + b"\n")
         if not command[0]:
             raise FileNotFoundError(errno.ENOENT, "an empty name")  # execvp would trip over it in its own way
         os.execvp(command[0], command)  # noqa: S606  # this is what the helper is for

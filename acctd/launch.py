@@ -29,8 +29,10 @@ class CommandError(AcctdError):
 
 def start(
     job: Job, command: Sequence[str], *, groups: Sequence[int], environ: Mapping[str, str], blocked: set[signal.Signals]
-) -> subprocess.Popen[bytes]:
-    """Start the command inside the job; on return it runs. `blocked` is the signal mask it is to have.
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the command inside the job; gives it and when it began (CLOCK_BOOTTIME, ns).
+
+    On return it runs. `blocked` is the signal mask it is to have.
 
     Raises CommandError where the command is missing or cannot be executed, KernelRefusedError where joining failed;
     the helper is gone then.
@@ -63,11 +65,15 @@ def start(
             raise KernelRefusedError(f"cannot start a process for {command[0]!r}: {e.strerror}") from e
         os.write(plan_write, json.dumps(plan).encode())
     with open(status_read, "rb") as status:
-        answer = status.read()
-    if answer:
-        code = process.wait()
-        raise _failure(json.loads(answer), code, command[0])
-    return process
+        answers = [json.loads(line) for line in status.read().splitlines()]
+    if answers and "started" in answers[-1]:
+        return process, int(answers[-1]["started"])
+    code = process.wait()
+    if not answers:
+        raise KernelRefusedError(
+            f"the helper that starts {command[0]!r} ended with {code}; is a limit of the job too low?"
+        )
+    raise _failure(answers[-1], code, command[0])
 
 
 def _failure(answer: dict[str, object], code: int, command: str) -> AcctdError:

@@ -1,7 +1,8 @@
 """The ledger: one SQLite file with the open jobs, their leases and totals, and the records of the closed ones.
 
 Intent is written here before the kernel is changed. A record is signed off by a digest over itself and its predecessor,
-so that a changed or missing one shows. Stores and finds; decides nothing. Several acctd processes may have it open.
+so that a changed one shows, and a missing one unless
+it is the newest. Stores and finds; decides nothing. Several acctd processes may have it open.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import msgspec
 
 from acctd.errors import AcctdError, ConfigError, ExhaustedError, InUseError, NotFoundError, NotPermittedError
 from acctd.meter import State
-from acctd.model import JobSpec, Limits, Owner, Record, parse_class
+from acctd.model import JobSpec, Limits, Owner, Record, chain_name, parse_class
 
 SCHEMA = 1
 FILE = "ledger.sqlite"
@@ -33,16 +34,18 @@ CREATE TABLE job (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     phase TEXT NOT NULL,
+    chain TEXT NOT NULL UNIQUE,    -- two ids may come to one chain name: the second is refused
     slot INTEGER UNIQUE,           -- the lease: which pair of addresses of the pool, NULL without a pipe
     place BLOB NOT NULL,           -- JSON of Place
     spec BLOB NOT NULL,            -- JSON of model.JobSpec
     created REAL NOT NULL,         -- s since the epoch, a label
     boot_id TEXT NOT NULL,
     boot_ns INTEGER NOT NULL,      -- CLOCK_BOOTTIME when the command started, before that when the job was made
+    seen_ns INTEGER NOT NULL,      -- CLOCK_BOOTTIME when the totals were stored last
     keeper TEXT NOT NULL,          -- who watches the job: pid and start time
     totals BLOB NOT NULL,
     kept BLOB NOT NULL
-) STRICT;
+);
 CREATE TABLE record (
     number INTEGER PRIMARY KEY,    -- in the order of signing
     seq INTEGER NOT NULL UNIQUE,   -- that of the job: one job, one record
@@ -51,10 +54,14 @@ CREATE TABLE record (
     ended REAL NOT NULL,
     body BLOB NOT NULL,            -- JSON of model.Record
     digest TEXT NOT NULL           -- SHA-256 of the previous digest and the body
-) STRICT;
+);
 CREATE INDEX record_id ON record (id);
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
+
+
+_COLUMNS = "phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, totals, kept"
+"""What a row of the table job says of an OpenJob beside its seq, in the order of the fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,7 @@ class OpenJob:
     created: float
     boot_id: str
     boot_ns: int
+    seen_ns: int
     keeper: str
     totals: State = field(default_factory=dict)
     kept: State = field(default_factory=dict)
@@ -119,18 +127,21 @@ class Ledger:
             slot = self._free_slot(slots) if slots is not None else None
             try:
                 cursor = db.execute(
-                    "INSERT INTO job (id, phase, slot, place, spec, created, boot_id, boot_ns, keeper, totals, kept) "
-                    "VALUES (?, 'making', ?, ?, ?, ?, ?, ?, ?, x'7b7d', x'7b7d')",
+                    f"INSERT INTO job (id, chain, {_COLUMNS}) "  # noqa: S608  # our own column names
+                    "VALUES (?, ?, 'making', ?, ?, ?, ?, ?, ?, ?, ?, x'7b7d', x'7b7d')",
                     (
-                        *(spec.id, slot, msgspec.json.encode(place), msgspec.json.encode(spec, enc_hook=str)),
-                        *(now, boot_id, boot_ns, keeper),
+                        *(spec.id, chain_name(spec.id)),
+                        *(slot, msgspec.json.encode(place), msgspec.json.encode(spec, enc_hook=str)),
+                        *(now, boot_id, boot_ns, boot_ns, keeper),
                     ),
                 )
             except sqlite3.IntegrityError as e:
-                if "job.id" not in str(e):
+                if "job.id" not in str(e) and "job.chain" not in str(e):
                     raise
                 raise InUseError(f"job id {spec.id!r} is in use by a living job; choose another") from None
-        return OpenJob(cursor.lastrowid or 0, "making", slot, place, spec, now, boot_id, boot_ns, keeper)
+        return OpenJob(
+            cursor.lastrowid or 0, "making", slot, place, spec, now, boot_id, boot_ns, boot_ns, keeper
+        )  # fmt: skip
 
     def next_id(self) -> str:
         """An id nobody has had: r and a number that is never given twice."""
@@ -152,20 +163,21 @@ class Ledger:
         with self._writing() as db:
             db.execute("UPDATE job SET phase = 'running', boot_ns = ? WHERE seq = ?", (boot_ns, seq))
 
-    def store_totals(self, seq: int, totals: State, kept: State) -> None:
+    def store_totals(self, seq: int, totals: State, kept: State, seen_ns: int) -> None:
+        """Put totals away as of `seen_ns` (CLOCK_BOOTTIME)."""
         with self._writing() as db:
             db.execute(
-                "UPDATE job SET totals = ?, kept = ? WHERE seq = ?",
-                (msgspec.json.encode(totals), msgspec.json.encode(kept), seq),
+                "UPDATE job SET totals = ?, kept = ?, seen_ns = ? WHERE seq = ?",
+                (msgspec.json.encode(totals), msgspec.json.encode(kept), seen_ns, seq),
             )
 
-    def claim(self, job: OpenJob, keeper: str) -> bool:
-        """Take over a job whose keeper is dead; False if somebody else was first."""
+    def claim(self, job: OpenJob, keeper: str) -> OpenJob | None:
+        """Take over a job whose keeper is dead: its row as it is now, or None if somebody else was first."""
         with self._writing() as db:
             changed = db.execute(
                 "UPDATE job SET keeper = ? WHERE seq = ? AND keeper = ?", (keeper, job.seq, job.keeper)
             ).rowcount
-        return changed == 1
+        return self._open_jobs("WHERE seq = ?", job.seq)[0] if changed == 1 else None
 
     def sign_off(self, seq: int, record: Record) -> None:
         """Commit the final record, once and on stable storage, and mark the job closed."""
@@ -188,27 +200,26 @@ class Ledger:
             db.execute("DELETE FROM job WHERE seq = ?", (seq,))
 
     def open_jobs(self) -> list[OpenJob]:
-        rows = self._rows(
-            "SELECT seq, phase, slot, place, spec, created, boot_id, boot_ns, keeper, totals, kept "
-            "FROM job ORDER BY seq"
-        )
+        return self._open_jobs("ORDER BY seq")
+
+    def _open_jobs(self, clause: str, *values: object) -> list[OpenJob]:
+        rows = self._rows(f"SELECT seq, {_COLUMNS} FROM job {clause}", *values)  # noqa: S608  # our own words
         return [
             OpenJob(
                 *(seq, phase, slot),
                 msgspec.json.decode(place, type=Place),
                 _spec(spec),
-                *(created, boot_id, boot_ns, keeper),
+                *(created, boot_id, boot_ns, seen_ns, keeper),
                 msgspec.json.decode(totals, type=State),
                 msgspec.json.decode(kept, type=State),
             )
-            for seq, phase, slot, place, spec, created, boot_id, boot_ns, keeper, totals, kept in rows
+            for seq, phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, totals, kept in rows
         ]
 
-    def has_neighbours(self, job: OpenJob) -> bool:
-        """Whether another open job has its lease in the same pools."""
-        place = msgspec.json.encode(job.place)
-        row = self._row("SELECT 1 FROM job WHERE slot IS NOT NULL AND seq != ? AND place = ? LIMIT 1", job.seq, place)
-        return row is not None
+    def leases_beside(self, job: OpenJob) -> list[Place]:
+        """Where the other open jobs have their leases."""
+        rows = self._rows("SELECT DISTINCT place FROM job WHERE slot IS NOT NULL AND seq != ?", job.seq)
+        return [msgspec.json.decode(place, type=Place) for (place,) in rows]
 
     def records(self, limit: int | None = None) -> list[Record]:
         """The newest records, oldest first; all without a limit."""
@@ -264,10 +275,12 @@ class Ledger:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                # On some errors, a full disk among them, SQLite has rolled back by itself.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
         except sqlite3.Error as e:
             raise _trouble(self.path, e) from e
 

@@ -138,7 +138,7 @@ def sustained(worlds: list[World], script: Script, jobs: int) -> dict[str, float
 @contextlib.contextmanager
 def stopwatches(world: World) -> Iterator[dict[str, list[float]]]:
     """Wraps each step of a job's life in a clock; gives step -> ms, in the order of a life."""
-    chains = type(world.agent._backend(world.backend))
+    chains = type(world.agent._backend(world.backend, world.agent.pools))
     steps: list[tuple[str, object, tuple[str, ...]]] = [
         ("ledger", Ledger, ("open_job", "begin", "sign_off", "forget")),
         ("cgroups", JobCgroups, ("create", "kill", "remove")),

@@ -29,7 +29,6 @@ from acctd.metrics import (
     MEMORY_SHMEM,
     MEMORY_SWAP,
     MEMORY_SWAP_FAILCNT,
-    Metric,
     Readings,
 )
 from collectors.parse import Parser, StatLines, named, single
@@ -47,13 +46,6 @@ METRICS = (
     MEMORY_FAILCNT,
     MEMORY_OOM_KILLS,
 )
-
-# memory.memsw.failcnt on its way to the sum; MemoryReader never lets it out.
-_BOTH_FAILCNT = Metric(
-    "memory_both_failcnt", "events", "counter", "times the limit of memory and swap together was hit"
-)
-
-_FAILCNT_KEY, _BOTH_FAILCNT_KEY = (MEMORY_FAILCNT, ""), (_BOTH_FAILCNT, "")
 
 # The lines wanted of memory.stat, bytes. v1 (6.18), between others; the lines without total_ leave nested cgroups out:
 #   rss 339968

@@ -249,8 +249,8 @@ def sweep_sentinels(layout: Layout, base: str) -> None:
     if hierarchy is None or hierarchy.version != 1:
         return
     for cgroup in hierarchy.job(base, "x").parent.children():
-        prefix, _, pid = cgroup.parts[-1].partition("-")
-        if prefix == _SENTINEL and pid.isdecimal() and not os.path.exists(f"/proc/{pid}"):
+        prefix, _, maker = cgroup.parts[-1].partition("-")
+        if prefix == _SENTINEL and not procs.is_alive(maker):
             JobCgroups(Layout((hierarchy,)), base, cgroup.parts[-1]).remove()
 
 
@@ -263,7 +263,7 @@ def arm_block_counters(layout: Layout, base: str, devices: list[str]) -> list[st
     hierarchy = layout.of("blkio")
     if hierarchy is None or hierarchy.version != 1:
         return []
-    sentinel = JobCgroups(Layout((hierarchy,)), base, f"{_SENTINEL}-{os.getpid()}")
+    sentinel = JobCgroups(Layout((hierarchy,)), base, f"{_SENTINEL}-{procs.identity(os.getpid())}")
     armed = []
     try:
         sentinel._make(hierarchy)

@@ -80,7 +80,10 @@ def _memory_details(layout: Layout) -> Iterator[Finding]:
 
 
 def _block_io(config: Config) -> Iterator[Finding]:
-    layout = discover(config.cgroup.controllers)
+    try:
+        layout = discover(config.cgroup.controllers)
+    except AcctdError:
+        return  # said above
     blkio = layout.of("blkio")
     if blkio is None:
         return

@@ -106,11 +106,14 @@ def _account(
     servers = resolver.host_servers() if spec.network == "nat" else []
     started = False
     try:
-        with resolver.Relay(job.namespace if job.namespace is not None else -1, servers):
+        with resolver.Relay(job.namespace if job.namespace is not None else -1, servers) as relay:
+            job.notes += [
+                f"the resolver {server} does not answer inside the job: {why}" for server, why in relay.skipped
+            ]
             agent.begin(job)
-            process = launch.start(job, arguments, groups=groups, environ=environ, blocked=signals.before)
+            process, at = launch.start(job, arguments, groups=groups, environ=environ, blocked=signals.before)
             started = True
-            agent.begin(job)
+            agent.begin(job, at)
             process.returncode = supervise(agent, job, process.pid, LiveLine(job) if not quiet else None)
             ending = Ending.now(process.returncode)
     except BaseException as e:
@@ -125,7 +128,7 @@ def _account(
 
 
 def _owner(user: str | None) -> tuple[Owner, list[int], dict[str, str]]:
-    """Who runs the job, with which groups and which environment: that of a login for --user, else the caller's own."""
+    """Who runs the job, with which groups and which environment: the caller's own, and for --user HOME and the like."""
     if user is None:
         return accounts.of(os.getuid(), os.getgid()), os.getgroups(), dict(os.environ)
     account = accounts.named(user)

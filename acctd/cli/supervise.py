@@ -33,11 +33,14 @@ class Signals:
     """Blocks what is forwarded to a job, and gives the caller's mask back at the end."""
 
     def __enter__(self) -> Self:
+        # A starter may ignore SIGCHLD, which comes through exec: then the kernel would keep the job's end from us.
+        self._sigchld = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.before: set[signal.Signals] = set(signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN))  # type: ignore[arg-type]
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
+        signal.signal(signal.SIGCHLD, self._sigchld)
 
 
 class LiveLine:
@@ -62,16 +65,24 @@ class LiveLine:
             return
         state = self._job.meter.state()[0]
         text = f"acctd: job {self._job.spec.id}  {self._drawn - self._started:.0f} s  {_live(state)}"
-        width = os.get_terminal_size(sys.stderr.fileno()).columns
-        sys.stderr.write(_ERASE + _BELOW.format(text[: width - 1].rjust(width - 1)))
-        sys.stderr.flush()
+        try:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+        except OSError:
+            width = 80
+        self._write(_ERASE + _BELOW.format(text[: width - 1].rjust(width - 1)))
         self._shown = True
 
     def clear(self) -> None:
         if self._shown:
-            sys.stderr.write(_ERASE)
-            sys.stderr.flush()
+            self._write(_ERASE)
             self._shown = False
+
+    def _write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except OSError:
+            self._tty = False  # the terminal was hung up; the job and its account go on
 
     def _quiet_terminal(self) -> bool:
         """No program is drawing on it (those switch echo off) and we are in the foreground."""
@@ -103,9 +114,8 @@ def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None) -> int:
                 _pass_on(event, pid)
         now = time.monotonic()
         if now >= next_poll:
-            _poll(agent, job)
+            _poll(agent, job, store=now - stored >= _STORE_EVERY)
             if now - stored >= _STORE_EVERY:
-                agent.store(job)
                 stored = now
             step = min(step * 2, interval)
             next_poll = now + step
@@ -113,14 +123,14 @@ def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None) -> int:
             live.draw()
 
 
-def _poll(agent: Agent, job: Job) -> None:
+def _poll(agent: Agent, job: Job, *, store: bool) -> None:
     """Trouble with one reading must not end the job: it is noted once, and the next reading makes up for it."""
     try:
         agent.poll([job])
-    except AcctdError as e:
-        note = f"at least one reading failed ({e})"
-        if note not in job.notes:
-            job.notes.append(note)
+        if store:
+            agent.store(job)
+    except (AcctdError, OSError) as e:
+        job.note(f"at least one reading failed or could not be stored ({e})")
 
 
 def _ended(pid: int) -> int | None:

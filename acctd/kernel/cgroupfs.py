@@ -203,7 +203,12 @@ class CgroupDir:
 
         v2 shows a process outside our PID namespace as 0, which to kill(2) means the caller's own group: left out.
         """
-        text = self.read("cgroup.procs")
+        try:
+            text = self.read("cgroup.procs")
+        except KernelRefusedError as e:
+            if not isinstance(e.__cause__, OSError) or e.__cause__.errno != errno.EOPNOTSUPP:
+                raise
+            text = self.read("cgroup.threads")  # a threaded cgroup of v2 tells its threads alone
         return [pid for line in text.split() if (pid := int(line))] if text else []
 
     def open_procs(self) -> int:

@@ -17,7 +17,7 @@ def identity(pid: int) -> str:
 def is_alive(identity_: str) -> bool:
     """Whether the process that had this identity still runs (a zombie does not)."""
     pid, _, start = identity_.partition(":")
-    return start != "" and _start_time(int(pid)) == start
+    return pid.isdecimal() and start != "" and _start_time(int(pid)) == start
 
 
 def owner(pid: int) -> int | None:
@@ -49,16 +49,30 @@ def lies_on_others(device: str, root: Path = Path("/")) -> bool:
     """Whether a block device's I/O is done by another one, and counted there once more.
 
     True for what the kernel says has slaves (device mapper, RAID), and for a loop device on a file of a file system
-    that has a device. `device` is "major:minor"; one that is gone lies on nothing.
+    that has a device. `device` is "major:minor"; one that is gone lies on nothing. The file itself is not touched:
+    it may lie on a server that does not answer.
     """
     entry = root / "sys/dev/block" / device
     try:
         if any((entry / "slaves").iterdir()):
             return True
         backing = (entry / "loop/backing_file").read_text().strip()
-        return os.major(os.stat(backing).st_dev) != 0
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return False
+    return not _device_of(backing, root).startswith("0:")
+
+
+# /proc/self/mountinfo: the third field is the file system's device, the fifth where it is mounted:
+#   27 1 254:0 / / rw,relatime - ext4 /dev/vda rw
+def _device_of(path: str, root: Path) -> str:
+    """The device of the mount that a path lies on; major 0 is a file system without one."""
+    best, device = "", "0:0"
+    for line in (root / "proc/self/mountinfo").read_text().splitlines():
+        fields = line.split(" ")
+        mount = fields[4]
+        if (path == mount or path.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(best):
+            best, device = mount, fields[2]
+    return device
 
 
 def disks(root: Path = Path("/")) -> dict[str, str]:

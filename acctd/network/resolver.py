@@ -57,6 +57,8 @@ class Relay:
 
     def __init__(self, namespace: int, servers: Iterable[Address]) -> None:
         self._servers = list(servers)
+        self.skipped: list[tuple[Address, str]] = []
+        """Servers that could not be made to answer inside, and why."""
         self._bound = netns.inside(namespace, self._bind) if self._servers else []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -80,14 +82,10 @@ class Relay:
     def _bind(self) -> list[tuple[Address, socket.socket, socket.socket]]:
         bound = []
         for server in self._servers:
-            family = socket.AF_INET if server.version == 4 else socket.AF_INET6
-            udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            tcp = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            for bind in (udp, tcp):
-                bind.bind((str(server), PORT))
-                bind.setblocking(False)
-            tcp.listen(64)
-            bound.append((server, udp, tcp))
+            try:
+                bound.append((server, *_bound(server)))
+            except OSError as e:
+                self.skipped.append((server, str(e.strerror)))  # ::1 in a namespace without IPv6
         return bound
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -105,6 +103,23 @@ class Relay:
             for task in tasks:
                 task.cancel()
             loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+
+
+def _bound(server: Address) -> tuple[socket.socket, socket.socket]:
+    """A UDP and a listening TCP socket on the server's address, in the calling thread's namespace."""
+    family = socket.AF_INET if server.version == 4 else socket.AF_INET6
+    udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    tcp = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        for each in (udp, tcp):
+            each.bind((str(server), PORT))
+            each.setblocking(False)
+        tcp.listen(64)
+    except OSError:
+        udp.close()
+        tcp.close()
+        raise
+    return udp, tcp
 
 
 async def _serve_udp(server: Address, inside: socket.socket, room: asyncio.Semaphore) -> None:

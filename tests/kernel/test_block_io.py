@@ -248,8 +248,8 @@ with Agent(config.load(None, os.environ)) as agent:
         print("ready", flush=True)
         sys.stdin.readline()
         job = agent.create(JobSpec(id=name, owner=Owner(0, 0, "root"), network="none"))
-        process = launch.start(job, sys.argv[1:], groups=[0], environ=os.environ, blocked=set())
-        agent.begin(job)
+        process, at = launch.start(job, sys.argv[1:], groups=[0], environ=os.environ, blocked=set())
+        agent.begin(job, at)
         print(agent.finish(job, Ending.now(process.wait())).totals["block_write"], flush=True)
 """
 

@@ -45,8 +45,8 @@ from acctd.agent import Agent, Ending
 from acctd.model import JobSpec, Owner
 with Agent(config.load(None, os.environ)) as agent:
     job = agent.create(JobSpec(id="odd", owner=Owner(4294967294, 4294967294, sys.argv[1]), network="none"))
-    process = launch.start(job, ["true"], groups=[], environ=os.environ, blocked=set())
-    agent.begin(job)
+    process, at = launch.start(job, ["true"], groups=[], environ=os.environ, blocked=set())
+    agent.begin(job, at)
     agent.finish(job, Ending.now(process.wait()))
 """
 

@@ -56,8 +56,8 @@ with Agent(settings) as agent:
         spec = JobSpec(id=f"row.{number}", owner=Owner(0, 0, "root"), classes=classes)
         job = agent.create(with_default_classes(spec, settings))
         argv = command if number % 10 == 0 else ["true"]
-        process = launch.start(job, argv, groups=[0], environ=os.environ, blocked=set())
-        agent.begin(job)
+        process, at = launch.start(job, argv, groups=[0], environ=os.environ, blocked=set())
+        agent.begin(job, at)
         agent.poll([job])
         process.wait()
         totals.append(agent.finish(job, Ending.now(process.returncode)).totals["network"])

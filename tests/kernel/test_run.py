@@ -86,7 +86,7 @@ def test_a_five_millisecond_job_has_a_complete_record(node: Node) -> None:
     record = node.job("--tag", "Project=x", "--", "sleep", "0.005")
     assert record["exit_code"] == 0
     assert record["state"] == "done"
-    assert 5e6 < record["wall_ns"] < 500e6
+    assert record["wall_ns"] > 5e6
     totals = record["totals"]
     for name in ("cpu_user", "cpu_system", "memory_peak", "memory_resident_peak", "pids_peak", "network"):
         assert name in totals
@@ -159,17 +159,33 @@ def test_ls_and_show(node: Node) -> None:
     assert node.acctd("show", "nobody-had-this").returncode == 66
 
 
-def test_fifty_at_once(node: Node) -> None:
-    argv = node.argv("run", "-q", "--", "sleep", "0.2")
-    children = [
-        node.topology.popen(node.topology.node, argv, env=node.environ, stderr=subprocess.PIPE, text=True)
-        for _ in range(50)
-    ]
-    for child in children:
-        _, errors = child.communicate(timeout=120)
-        assert child.returncode == 0, errors
-    lines = node.acctd("ls", "--limit", "100").stdout.splitlines()
-    assert len(lines) == 51
+def test_a_starter_that_ignores_sigchld_gets_its_account(node: Node) -> None:
+    argv = ["env", "--ignore-signal=CHLD", *node.argv("run", "--", "sh", "-c", "exit 3")]
+    done = node.topology.run(
+        node.topology.node, argv, check=False, env=node.environ, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 3
+    assert "done, exit 3" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flush",
+    [["nft", "flush", "ruleset"], ["sh", "-c", "for i in iptables ip6tables; do $i-legacy -F; $i-legacy -X; done"]],
+)
+def test_a_ruleset_flushed_from_outside_is_noted_and_cleaned_up(each_backend: Node, flush: list[str]) -> None:
+    node = each_backend
+    argv = node.argv("run", "-q", "--id", "flushed", "--", "sh", "-c", "echo up; read _")
+    child = node.topology.popen(
+        node.topology.node, argv, env=node.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "up\n"
+    node.topology.run(node.topology.node, flush, check=False, capture_output=True)
+    child.communicate("go\n", timeout=60)
+    assert child.returncode == 0
+    record = json.loads(node.acctd("show", "flushed", "--json").stdout)
+    hit = ("nft" in flush) == ("nftables" in node.config.read_text())
+    assert any("removed by another program" in note for note in record["notes"]) == hit
 
 
 def test_the_next_run_finishes_what_a_killed_acctd_left(each_backend: Node) -> None:

@@ -22,7 +22,8 @@ def test_imports_point_down() -> None:
     floor = {
         "acctd.errors": 0, "acctd.model": 0, "acctd.metrics": 0, "acctd.kernel": 1, "collectors": 2, "acctd.cgroup": 2,
         "acctd.network": 2, "acctd.meter": 3, "acctd.ledger": 3, "acctd.config": 3, "exporters": 4, "acctd.agent": 5,
-        "acctd.launch": 5, "acctd.cli": 7, "acctd.accounts": 1, "acctd.varlink": 3, "acctd.daemon": 5, "acctd.server": 6, "acctd.__main__": 8,
+        "acctd.launch": 5, "acctd.cli": 7, "acctd.accounts": 1, "acctd.varlink": 3, "acctd.daemon": 5,
+        "acctd.server": 6, "acctd.__main__": 8,
     }  # fmt: skip
 
     def place(module: str) -> int | None:

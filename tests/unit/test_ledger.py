@@ -72,10 +72,16 @@ def test_phases_and_totals_survive_a_restart(path):
     with Ledger(path) as before:
         row = open_job(before)
         before.begin(row.seq, 99)
-        before.store_totals(row.seq, totals, kept)
+        before.store_totals(row.seq, totals, kept, 500)
     with Ledger(path) as after:
         (found,) = after.open_jobs()
-        assert (found.phase, found.boot_ns, found.totals, found.kept) == ("running", 99, totals, kept)
+        assert (found.phase, found.boot_ns, found.seen_ns, found.totals, found.kept) == (
+            "running",
+            99,
+            500,
+            totals,
+            kept,
+        )
         after.sign_off(row.seq, record(SPEC.id))
         assert after.open_jobs()[0].phase == "closed"
         after.forget(row.seq)

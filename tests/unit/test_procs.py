@@ -29,7 +29,11 @@ def test_what_lies_on_others(tmp_path: Path) -> None:
     for device in ("8:0", "253:0", "7:0", "7:1"):
         (block / device / "slaves").mkdir(parents=True)
     (block / "253:0/slaves/sda").mkdir()
-    for loop, backing in (("7:0", "/etc/passwd"), ("7:1", "/proc/self/status")):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/mountinfo").write_text(
+        "27 1 254:0 / / rw - ext4 /dev/vda rw\n30 27 0:25 / /dev/shm rw - tmpfs tmpfs rw\n"
+    )
+    for loop, backing in (("7:0", "/images/a (deleted)"), ("7:1", "/dev/shm/b")):
         (block / loop / "loop").mkdir()
         (block / loop / "loop/backing_file").write_text(f"{backing}\n")
     lies = {device: procs.lies_on_others(device, tmp_path) for device in ("8:0", "253:0", "7:0", "7:1", "9:9")}

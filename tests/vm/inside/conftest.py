@@ -51,8 +51,8 @@ class Machine:
         return job
 
     def start(self, job: Job, *command: str) -> "subprocess.Popen[bytes]":
-        process = launch.start(job, command, groups=[], environ=os.environ, blocked=set())
-        self.agent.begin(job)
+        process, at = launch.start(job, command, groups=[], environ=os.environ, blocked=set())
+        self.agent.begin(job, at)
         return process
 
     def finish(self, job: Job, code: int) -> Record:
