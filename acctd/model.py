@@ -109,7 +109,7 @@ class Record:
     owner: str
     uid: int
     node: str
-    state: Literal["done", "lost"]  # lost: whoever watched the job died; totals are exact, the exit status is unknown
+    state: Literal["done", "lost"]  # lost: whoever watched the job died, and the exit status is unknown; see notes
     started: float  # s since the epoch
     ended: float  # s since the epoch
     wall_ns: int

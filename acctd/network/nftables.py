@@ -11,8 +11,9 @@
 `forward` stands behind the foreign filters, so a packet they drop is not billed, and what is accepted here is still
 theirs to drop. `incoming` is asked first: a packet from job to job is a new connection for its receiver and is rejected
 before it is billed to its sender. Counters are anonymous, inside the rules, because libnftables fetches every *named*
-object before each change (10 ms a job at 1000 jobs instead of 1.6); and sets are shared, because it fetches every set
-too, anonymous ones included (14 ms a job at 300 jobs instead of 1.0). Reference: nft(8), libnftables-json(5).
+object before each change (10 ms a job at 1000 jobs instead of 1.6, measured by itself); and sets are shared, because it
+fetches every set too, anonymous ones included (14 ms a job at 300 jobs instead of 1.0). Reference: nft(8),
+libnftables-json(5).
 
 The context and the socket belong to the network namespace of the thread that makes the object, and to one thread at a
 time. Between looking and changing another acctd must keep out: the caller holds the node-wide lock.

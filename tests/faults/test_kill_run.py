@@ -68,7 +68,7 @@ BEGUN = [
     ("acctd.agent:Agent.finish", "before", 1),
     ("acctd.cgroup.driver:JobCgroups.kill", "after", 1),
     ("acctd.agent:Agent._take_pipe", "before", 1),
-    ("acctd.kernel.rtnetlink:RouteSocket.apply", "after", 5),  # the link is gone, its name is not
+    ("acctd.network.pipe:_remove_link", "after", 1),  # the link is gone, its name is not
     ("acctd.agent:Agent._take_pipe", "after", 1),
     ("acctd.ledger:Ledger.sign_off", "before", 1),
     ("acctd.ledger:Ledger.sign_off", "after", 1),
