@@ -357,7 +357,10 @@ class Agent:
             raise InUseError(
                 f"network namespace {self.netns(job)} exists already; choose another id than {job.spec.id}"
             )
-        others = {place.pool4 for place in self.ledger.leases_beside(job.row)} - {job.row.place.pool4}
+        beside = self.ledger.leases_beside(job.row)
+        if job.lease is not None and not beside and (taken := host.overlap(_pools(job.row.place))):
+            raise InUseError(f"network.pool4 or pool6 overlaps this host's own {taken}; choose another network")
+        others = {place.pool4 for place in beside} - {job.row.place.pool4}
         if job.lease is not None and others:
             raise InUseError(
                 f"network.pool4 is {job.row.place.pool4} now, but jobs of the pool {others.pop()} are still open; "

@@ -140,7 +140,7 @@ def check(path: str | None, environ: Mapping[str, str]) -> tuple[str, Config | N
         if named is None:
             config, mistakes = parse("", None)
             return name, config, mistakes
-        raise NotFoundError(f"configuration file {name} does not exist; name one that does") from None
+        raise NotFoundError(f"configuration file {name!r} does not exist; name one that does") from None
     except IsADirectoryError:
         return name, None, ["this is a directory; name a TOML file"]
     except PermissionError:
@@ -271,6 +271,14 @@ class _Reader:
             network = kind(text)
         except ValueError as e:
             self.mistakes.append(f"{key} {_shown(text)} is not usable ({e}); {takes}")
+            return None
+        if (
+            network.is_loopback
+            or network.is_multicast
+            or network.is_link_local
+            or network.network_address.is_unspecified
+        ):
+            self.mistakes.append(f"{key} {_shown(text)} is no network that a job could have an address of; {takes}")
             return None
         if not low <= network.prefixlen <= high:
             self.mistakes.append(f"{key} {_shown(text)} is out of range; {takes}")

@@ -38,7 +38,10 @@ def start(
     the helper is gone then.
     """
     with job.cgroups.joining() as doors, ExitStack() as opened:
-        (plan_read, plan_write), (status_read, status_write) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+        try:
+            (plan_read, plan_write), (status_read, status_write) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+        except OSError as e:
+            raise KernelRefusedError(f"cannot make a pipe to the helper: {e.strerror}; raise ulimit -n") from e
         for fd in (plan_read, plan_write, status_write):
             opened.callback(os.close, fd)
         owner = job.spec.owner
@@ -62,7 +65,9 @@ def start(
         except OSError as e:
             os.close(status_read)
             # E2BIG, as a rule: the helper's own arguments come on top of the command's.
-            raise KernelRefusedError(f"cannot start a process for {command[0]!r}: {e.strerror}") from e
+            raise KernelRefusedError(
+                f"cannot start a process for {command[0]!r}: {e.strerror}; shorten its arguments, or see ulimit"
+            ) from e
         os.write(plan_write, json.dumps(plan).encode())
     with open(status_read, "rb") as status:
         answers = [json.loads(line) for line in status.read().splitlines()]

@@ -4,6 +4,7 @@ import os
 
 import click
 
+from acctd.cli.output import emit
 from acctd.config import check as check_file
 from acctd.errors import ConfigError
 
@@ -23,6 +24,6 @@ def check(context: click.Context, path: str | None) -> None:
     name, loaded, mistakes = check_file(path, os.environ)
     if loaded is None:
         for mistake in mistakes:
-            click.echo(f"{name}: {mistake}")
+            emit(f"{name}: {mistake}")
         context.exit(ConfigError.exit_code)
-    click.echo(f"{name}: ok" if loaded.file else f"{name}: ok (there is no such file, so all is default)")
+    emit(f"{name}: ok" if loaded.file else f"{name}: ok (there is no such file, so all is default)")

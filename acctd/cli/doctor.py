@@ -10,6 +10,7 @@ import click
 
 from acctd import config as configuration
 from acctd.cgroup.layout import Layout, discover
+from acctd.cli.output import emit
 from acctd.config import Config
 from acctd.errors import AcctdError
 from acctd.kernel import procs
@@ -37,7 +38,7 @@ def command(config_path: str | None) -> int:
     for look in (_privilege, _hierarchies, _block_io, _netfilter, _namespaces, _forwarding, _resolver, _bpf):
         for finding in look(config):
             missing |= finding.state == "missing"
-            click.echo(f"{finding.state:<8}{finding.subject:<22}{finding.text}")
+            emit(f"{finding.state:<8}{finding.subject:<22}{finding.text}")
     return 69 if missing else 0
 
 
@@ -113,6 +114,10 @@ def _netfilter(config: Config) -> Iterator[Finding]:
         else:
             working.append(name)
             yield Finding(f"netfilter {name}", "ok", "can be used")
+    if taken := host.overlap(pools):
+        yield Finding(
+            "pool", "missing", f"network.pool4 or pool6 overlaps this host's own {taken}; choose another network"
+        )
     wanted = config.network.backend
     if not working or wanted not in ("auto", *working):
         yield Finding("network mode nat", "missing", "no usable back end; install libnftables1 or iptables")

@@ -7,6 +7,7 @@ import click
 
 from acctd import config as configuration
 from acctd import ledger
+from acctd.cli.output import emit
 from acctd.cli.summary import ending, seconds, size
 from acctd.ledger import Ledger
 from acctd.model import Record
@@ -27,7 +28,7 @@ def command(config_path: str | None, limit: int) -> None:
     header = ("JOB", "OWNER", "STATE", "STARTED", "WALL", "CPU", "RESIDENT", "NETWORK")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        emit("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _row(record: Record) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
 """The `acctd` command: finds the subcommand, loads that one alone, turns errors into a sentence and an exit code."""
 
 import importlib
+import os
 import sys
 from typing import Any
 
 import click
 
 from acctd import __version__
+from acctd.cli.output import say
 from acctd.errors import AcctdError, UsageError
 
 _COMMANDS = {
@@ -45,20 +47,22 @@ def acctd() -> None:
 
 def main(argv: list[str] | None = None) -> Any:
     """Entry point. Exit codes: those of the command that `run` ran; else sysexits.h (docs/exit-codes.md)."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # Closed by the caller: the next file opened would take its place, and get what is meant for a person.
+            os.open(os.devnull, os.O_RDWR)
     try:
         sys.exit(acctd.main(argv, prog_name="acctd", standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as e:
         e.show()
         sys.exit(UsageError.exit_code)
     except click.ClickException as e:
-        click.echo(f"acctd: {e.format_message()}", err=True)
+        say(f"acctd: {e.format_message()}")
         sys.exit(UsageError.exit_code)
     except click.Abort:
         sys.exit(130)
     except AcctdError as e:
-        click.echo(f"acctd: {e}", err=True)
+        say(f"acctd: {e}")
         sys.exit(e.exit_code)
-    except BrokenPipeError:
-        # Whoever read our output has enough of it.
-        sys.stderr.close()
-        sys.exit(141)

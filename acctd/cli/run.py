@@ -14,7 +14,7 @@ import msgspec
 from acctd import accounts, launch
 from acctd import config as configuration
 from acctd.agent import Agent, Ending, with_default_classes
-from acctd.cli.output import Output
+from acctd.cli.output import Output, say
 from acctd.cli.summary import summary
 from acctd.cli.supervise import LiveLine, Signals, supervise
 from acctd.errors import UsageError
@@ -84,10 +84,10 @@ def command(
             output.write(_formatted(form, record))
     if not quiet:
         for old in recovery:
-            click.echo(f"acctd: finished job {old.id}, whose acctd had died", err=True)
-        click.echo(f"acctd: {summary(record)}", err=True)
+            say(f"acctd: finished job {old.id}, whose acctd had died")
+        say(f"acctd: {summary(record)}")
     for sentence in agent.trouble:
-        click.echo(f"acctd: {sentence}; the next acctd run tries again", err=True)
+        say(f"acctd: {sentence}; the next acctd run tries again")
     return 128 + record.exit_signal if record.exit_signal is not None else record.exit_code or 0
 
 

@@ -7,6 +7,7 @@ import msgspec
 
 from acctd import config as configuration
 from acctd import ledger
+from acctd.cli.output import emit
 from acctd.cli.summary import summary
 from acctd.errors import NotFoundError
 from acctd.ledger import Ledger
@@ -31,8 +32,8 @@ def command(job: str, form: str | None, config_path: str | None) -> None:
                 ) from None
             raise
     if form == "json":
-        click.echo(msgspec.json.format(msgspec.json.encode(record), indent=2))
+        emit(msgspec.json.format(msgspec.json.encode(record), indent=2).decode())
     elif form == "classad":
-        click.echo(format_ad(record_ad(record)), nl=False)
+        emit(format_ad(record_ad(record)).removesuffix("\n"))
     else:
-        click.echo(summary(record))
+        emit(summary(record))

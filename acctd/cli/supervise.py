@@ -30,17 +30,19 @@ _STORE_EVERY = 1.0  # s at least between two stores: each waits for the disk
 
 
 class Signals:
-    """Blocks what is forwarded to a job, and gives the caller's mask back at the end."""
+    """Blocks what is forwarded to a job. Where a job was refused, the caller's mask comes back; where one was accounted
+    for, it stays: a signal that comes too late for the job must not replace its exit status by ours.
+    """
 
     def __enter__(self) -> Self:
         # A starter may ignore SIGCHLD, which comes through exec: then the kernel would keep the job's end from us.
-        self._sigchld = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.before: set[signal.Signals] = set(signal.pthread_sigmask(signal.SIG_BLOCK, _TAKEN))  # type: ignore[arg-type]
         return self
 
-    def __exit__(self, *_: object) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
-        signal.signal(signal.SIGCHLD, self._sigchld)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.before)
 
 
 class LiveLine:
@@ -51,7 +53,9 @@ class LiveLine:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._tty = sys.stderr.isatty()
+        self._tty = (
+            sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
+        )
         self._started = self._drawn = time.monotonic()
         self._shown = False
 

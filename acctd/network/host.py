@@ -4,11 +4,13 @@ Others on the host may have come to rely on forwarding, so acctd leaves it on wh
 go with it. Kernel docs: networking/ip-sysctl.rst.
 """
 
+import sys
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 
 from acctd.errors import NotPermittedError
 from acctd.kernel import rtnetlink
-from acctd.network.backend import Pools
+from acctd.network.backend import PREFIX, Pools
 
 _NET = Path("/proc/sys/net")
 
@@ -44,6 +46,34 @@ def enable_forwarding(*, ipv6: bool, net: Path = _NET) -> None:
         raise NotPermittedError(
             f"cannot switch forwarding on: {e.filename}: {e.strerror}; run as root, or set it before with sysctl"
         ) from e
+
+
+# /proc/net/route; addresses in hexadecimal, in the machine's byte order; flag 0x200 is a route that refuses:
+#   Iface  Destination  Gateway   Flags  RefCnt  Use  Metric  Mask      MTU  Window  IRTT
+#   wan    007100CB     00000000  0001   0       0    0       00FFFFFF  0    0       0
+# /proc/net/ipv6_route; destination and prefix length first, the device last:
+#   20010db8000200000000000000000000 40 00000000000000000000000000000000 00 ... 00000100 00000001 00000000 00000001  wan
+def overlap(pools: Pools, net: Path = Path("/proc/thread-self/net")) -> str | None:
+    """A network that the host itself has a route to and that a pool overlaps, with its device; None if there is none.
+
+    Default routes and the pipes' own do not count.
+    """
+    for line in (net / "route").read_text().splitlines()[1:]:
+        device, destination, _, flags, _, _, _, mask, *_ = line.split()
+        if int(mask, 16) and not int(flags, 16) & 0x200 and not device.startswith(PREFIX):
+            address = IPv4Address(int(destination, 16).to_bytes(4, sys.byteorder))
+            network = IPv4Network((address, int(mask, 16).bit_count()))
+            if network.overlaps(pools.v4):
+                return f"{network} on {device}"
+    if pools.v6 is None:
+        return None
+    for line in (net / "ipv6_route").read_text().splitlines():
+        destination, length, *_, device = line.split()
+        if int(length, 16) and device != "lo" and not device.startswith(PREFIX):
+            network6 = IPv6Network((IPv6Address(int(destination, 16)), int(length, 16)))
+            if network6.overlaps(pools.v6):
+                return f"{network6} on {device}"
+    return None
 
 
 def keep_in(pools: Pools) -> None:

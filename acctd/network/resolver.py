@@ -48,8 +48,8 @@ def host_servers(resolv_conf: Path = Path("/etc/resolv.conf")) -> list[Address]:
     """Loopback nameservers of this host."""
     try:
         return loopback_servers(resolv_conf.read_text(errors="replace"))
-    except FileNotFoundError:
-        return loopback_servers("")
+    except OSError:
+        return loopback_servers("")  # absent or unreadable: libc then asks 127.0.0.1, too
 
 
 class Relay:

@@ -5,6 +5,7 @@ import os
 import pty
 import pwd
 import select
+import shlex
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from acctd.cgroup.layout import discover
+from acctd.kernel import procs
 from tests.kernel.conftest import Node
 
 
@@ -221,3 +223,54 @@ def _read_until(fd: int, what: bytes, timeout: float = 20.0) -> bytes:
             except OSError:
                 break
     return seen
+
+
+@pytest.mark.parametrize(
+    "ending", ["2>&-", "2>/dev/full", ">&-", "</dev/null >/dev/full", "2>&1 >/dev/null | head -c 0"]
+)
+def test_streams_that_cannot_be_written_change_no_exit_status(node: Node, ending: str) -> None:
+    command = shlex.join(node.argv("run", "--id", "s", "--", "sh", "-c", "sleep 0.05; exit 7"))
+    script = f"{command} {ending}" if "|" not in ending else f"set -o pipefail; {command} {ending}"
+    done = node.topology.run(
+        node.topology.node, ["bash", "-c", script], check=False, env=node.environ, capture_output=True, timeout=60
+    )
+    assert done.returncode == 7, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert json.loads(node.acctd("show", "s", "--json").stdout)["exit_code"] == 7
+
+
+def test_output_that_cannot_be_written_is_one_sentence(node: Node) -> None:
+    for words, ending, code in (("ls", ">/dev/full", 70), ("ls", ">&-", 70), ("run -q --json - -- true", ">&-", 70)):
+        done = node.topology.run(
+            node.topology.node, ["bash", "-c", f"{shlex.join(node.argv())} {words} {ending}"],
+            check=False, env=node.environ, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+
+
+def test_a_pool_of_the_hosts_own_network_is_refused(node: Node) -> None:
+    text = node.config.read_text()
+    for key, pool in (("pool4", "203.0.113.0/24"), ("pool6", "2001:db8:2::/112")):
+        node.config.write_text(text + f'{key} = "{pool}"\n')
+        done = node.acctd("run", "--", "true")
+        assert done.returncode == 73
+        assert "overlaps" in done.stderr
+        assert node.acctd("doctor").returncode == 69
+    node.config.write_text(text)
+
+
+def test_a_signal_that_comes_too_late_is_not_the_jobs_end(node: Node) -> None:
+    """Sent from the moment the job ends until acctd does: it exits as the job did."""
+    mark = node.directory / "pid"
+    argv = node.argv("run", "--", "sh", "-c", f"echo $$ > {mark}; exit 7")
+    child = node.topology.popen(node.topology.node, argv, env=node.environ, stderr=subprocess.PIPE, text=True)
+    while not mark.exists() or not mark.read_text().strip():
+        assert child.poll() is None
+    while procs.owner(pid := int(mark.read_text())) is not None and procs.is_alive(procs.identity(pid)):
+        assert child.poll() is None
+    while child.poll() is None:
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    assert child.returncode == 7
+    assert child.stderr is not None
+    assert "done, exit 7" in child.stderr.read()

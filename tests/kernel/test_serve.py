@@ -1,0 +1,267 @@
+"""`acctd serve` over its socket: jobs made, read and finished; a restart that loses nothing; who may do what."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acctd import varlink
+from lab.traffic import PORT, Server
+from tests.kernel.conftest import REPO, Node
+
+
+@dataclass
+class Served:
+    """A node with a living agent."""
+
+    node: Node
+    process: subprocess.Popen[str]
+
+    @property
+    def path(self) -> Path:
+        return self.node.directory / "run" / "s"
+
+    def connect(self) -> socket.socket:
+        made = socket.socket(socket.AF_UNIX)
+        made.settimeout(20)
+        made.connect(str(self.path))
+        return made
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """One call on a connection of its own; the whole reply."""
+        with self.connect() as connection:
+            return talk(connection, method, **parameters)
+
+    def ok(self, method: str, **parameters: Any) -> dict[str, Any]:
+        reply = self.call(method, **parameters)
+        assert "error" not in reply, reply
+        found: dict[str, Any] = reply["parameters"]
+        return found
+
+    def start(self) -> None:
+        environ = {key: value for key, value in self.node.environ.items() if key != "NOTIFY_SOCKET"}
+        self.process = self.node.topology.popen(
+            self.node.topology.node, self.node.argv("serve"), env=environ, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr is not None
+        while "serving on" not in (line := self.process.stderr.readline()):
+            assert line, "the agent ended"
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+def talk(connection: socket.socket, method: str, **parameters: Any) -> dict[str, Any]:
+    full = method if "." in method else f"{varlink.INTERFACE}.{method}"
+    connection.sendall(json.dumps({"method": full, "parameters": parameters}).encode() + b"\0")
+    data = b""
+    while not data.endswith(b"\0"):
+        received = connection.recv(1 << 16)
+        assert received, f"closed after {data!r}"
+        data += received
+    reply: dict[str, Any] = json.loads(data[:-1])
+    return reply
+
+
+@pytest.fixture
+def served(each_backend: Node) -> Iterator[Served]:
+    made = Served(each_backend, None)  # type: ignore[arg-type]  # start() sets it
+    made.start()
+    yield made
+    if made.process.poll() is None:
+        for job in made.ok("List")["jobs"]:
+            made.ok("Finish", job=job["id"])
+        assert made.stop() == 0
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    child = subprocess.Popen(["sleep", "1000"])
+    yield child
+    child.kill()
+    child.wait()
+
+
+def test_a_job_from_create_to_finish(served: Served, sleeper: subprocess.Popen[bytes]) -> None:
+    made = served.ok("Create", job="7.0", tags={"Vo": "cms"}, limits={"pids": 50})
+    assert all(Path(path).is_dir() for path in made["cgroups"])
+    served.ok("Attach", job="7.0", pid=sleeper.pid)
+    job = served.ok("Usage", job="7.0")["job"]
+    assert (job["pids"], job["phase"], job["totals"]["pids"]) == ([sleeper.pid], "running", {"": 1})
+    served.ok("Suspend", job="7.0")
+    served.ok("Continue", job="7.0")
+    assert served.ok("Signal", job="7.0", signal=0 + signal.SIGCONT)["pids"] == [sleeper.pid]
+    assert served.ok("Kill", job="7.0") == {"survivors": []}
+    first = served.ok("Finish", job="7.0", exit_signal=9)
+    assert (first["record"]["exit_signal"], first["record"]["tags"]) == (9, {"Vo": "cms"})
+    assert served.ok("Finish", job="7.0") == first
+
+
+def test_a_killed_agent_loses_nothing(served: Served) -> None:
+    """What the job sends while nobody watches is in its totals afterwards."""
+    node, lab = served.node, served.node.topology
+    with lab.enter(lab.wan):
+        server = Server()
+    with server:
+        served.ok("Create", job="j")
+        traffic = [sys.executable, str(REPO / "lab" / "traffic.py"), "give", "203.0.113.2", str(PORT)]
+        script = "read _; " + "; ".join(
+            " ".join([*traffic, str(size), "--udp"]) + " >&2; echo done; read _" for size in (50_000, 70_000)
+        )
+        netns = node.directory / "run" / "netns" / "j"
+        child = subprocess.Popen(
+            ["nsenter", f"--net={netns}", "sh", "-c", script],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            served.ok("Attach", job="j", pid=child.pid)
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == b"done\n"
+            served.process.kill()
+            served.process.wait()
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == b"done\n"
+            served.start()
+            assert [job["id"] for job in served.ok("List")["jobs"]] == ["j"]
+            record = served.ok("Finish", job="j", exit_code=0)["record"]
+        finally:
+            child.kill()
+            child.wait()
+    datagrams = -(-50_000 // 1200) + -(-70_000 // 1200)
+    assert record["totals"]["network"]["OutgoingExternal"] == 120_000 + 28 * datagrams
+    assert (record["state"], record["notes"]) == ("done", [])
+
+
+def test_the_interface_says_what_the_server_does(served: Served) -> None:
+    info = served.ok(f"{varlink.SERVICE}.GetInfo")
+    assert varlink.INTERFACE in info["interfaces"]
+    said = served.ok(f"{varlink.SERVICE}.GetInterfaceDescription", interface=varlink.INTERFACE)["description"]
+    for method in re.findall(r"^method (\w+)\(", said, re.MULTILINE):
+        if method not in ("Watch", "Quit"):
+            assert "MethodNotFound" not in served.call(method).get("error", "")
+    assert served.call("Nonsense")["error"] == f"{varlink.SERVICE}.MethodNotFound"
+    assert served.call("org.example.Other.Thing")["error"] == f"{varlink.SERVICE}.InterfaceNotFound"
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "error"),
+    [
+        ("Create", {"job": "../x"}, "UsageError"),
+        ("Create", {"job": "x", "limits": {"memory": 1}}, "UsageError"),
+        ("Create", {"job": "x", "limits": {"colour": 1}}, "UsageError"),
+        ("Create", {"job": "x", "network": "wifi"}, "UsageError"),
+        ("Create", {"job": "x", "user": "nobody-has-this-name"}, "NotFound"),
+        ("Create", {"job": "x", "classes": {"A": ["not a net"]}}, "UsageError"),
+        ("Usage", {"job": "x"}, "NotFound"),
+        ("Finish", {"job": "x"}, "NotFound"),
+        ("Create", {}, "InvalidParameter"),
+        ("Create", {"job": 7}, "InvalidParameter"),
+        ("Usage", {"job": "x", "colour": 1}, "InvalidParameter"),
+    ],
+)
+def test_bad_calls_are_refused_by_name(served: Served, method: str, parameters: dict[str, Any], error: str) -> None:
+    reply = served.call(method, **parameters)
+    assert reply["error"].endswith(f".{error}")
+    assert served.ok("List") == {"jobs": []}
+
+
+def test_an_ordinary_user_sees_and_does_nothing_to_others(served: Served, sleeper: subprocess.Popen[bytes]) -> None:
+    served.ok("Create", job="roots")
+    served.ok("Attach", job="roots", pid=sleeper.pid)
+    served.node.directory.chmod(0o755)
+    for parent in served.node.directory.parents:
+        if parent.is_relative_to("/tmp") and parent != Path("/tmp"):
+            parent.chmod(0o755)
+    pid = os.fork()
+    if pid == 0:
+        os.setresuid(65534, 65534, 65534)
+        answers = [
+            served.call(method, **parameters).get("error", "")
+            for method, parameters in (
+                ("Usage", {"job": "roots"}), ("Signal", {"job": "roots", "signal": 9}), ("Suspend", {"job": "roots"}),
+                ("Continue", {"job": "roots"}), ("Kill", {"job": "roots"}), ("Finish", {"job": "roots"}),
+                ("Attach", {"job": "roots"}), ("Create", {"job": "mine"}), ("Snapshot", {}), ("Reload", {}),
+                ("Quit", {}),
+            )
+        ]  # fmt: skip
+        seen = served.ok("List")["jobs"]
+        os._exit(0 if all(answer.endswith(".NotPermitted") for answer in answers) and seen == [] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert served.ok("Usage", job="roots")["job"]["pids"] == [sleeper.pid]
+
+
+def test_frames_that_are_none_end_their_connection_alone(served: Served) -> None:
+    good = served.connect()
+    for bad in (
+        b"not json\0",
+        b"[]\0",
+        b"x" * (varlink.FRAME_LIMIT + 70_000),
+        b'{"method": 1}\0',
+        b"[" * 100_000 + b"\0",
+    ):
+        with served.connect() as connection:
+            connection.sendall(bad)
+            assert b"InvalidParameter" in connection.recv(1 << 16)
+    half = served.connect()
+    half.sendall(b'{"method": "org.acc')
+    with good, half:
+        assert "parameters" in talk(good, "List")
+
+
+def test_watchers_hear_of_a_job(served: Served) -> None:
+    with served.connect() as connection:
+        connection.sendall(json.dumps({"method": f"{varlink.INTERFACE}.Watch", "more": True}).encode() + b"\0")
+        served.ok("Cost")  # an answered call after ours: the agent has read it
+        served.ok("Create", job="seen")
+        served.ok("Finish", job="seen", exit_code=0)
+        heard = b""
+        while heard.count(b"\0") < 2:
+            heard += connection.recv(1 << 16)
+    assert [json.loads(frame)["parameters"]["event"] for frame in heard.split(b"\0")[:2]] == ["created", "finished"]
+
+
+def test_ticks_come_and_their_cost_is_told(served: Served, sleeper: subprocess.Popen[bytes]) -> None:
+    served.ok("Create", job="t")
+    served.ok("Attach", job="t", pid=sleeper.pid)
+    before = served.ok("Cost")["cost"]["ticks"]
+    assert served.ok("Snapshot")["seconds"] > 0
+    cost = served.ok("Cost")["cost"]
+    assert (cost["ticks"], cost["errors"], cost["jobs"]) == (before + 1, 0, 1)
+
+
+def test_a_reload_disturbs_no_job_and_a_wrong_file_changes_nothing(
+    served: Served, sleeper: subprocess.Popen[bytes]
+) -> None:
+    served.ok("Create", job="r")
+    served.ok("Attach", job="r", pid=sleeper.pid)
+    text = served.node.config.read_text()
+    served.node.config.write_text("poll_intervall = 3\n" + text)
+    assert "poll_intervall" in served.call("Reload")["parameters"]["message"]
+    served.node.config.write_text("poll_interval = 0.2\n" + text)
+    served.ok("Reload")
+    deadline = time.monotonic() + 20
+    while served.ok("Cost")["cost"]["ticks"] < 2:
+        assert time.monotonic() < deadline
+    assert served.ok("Usage", job="r")["job"]["pids"] == [sleeper.pid]
+
+
+def test_two_agents_on_one_socket(served: Served) -> None:
+    done = served.node.acctd("serve", timeout=30)
+    assert done.returncode == 77
+    assert "served already" in done.stderr
+    assert served.ok("List") == {"jobs": []}
