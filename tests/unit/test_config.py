@@ -152,7 +152,7 @@ def test_the_named_file_goes_before_the_environments(tmp_path):
 def test_a_named_file_must_exist(tmp_path):
     with pytest.raises(NotFoundError, match="nowhere' does not exist"):
         load(f"{tmp_path}/nowhere", {})
-    with pytest.raises(NotFoundError, match="gone does not exist"):
+    with pytest.raises(NotFoundError, match="gone' does not exist"):
         load(None, {"ACCTD_CONFIG": f"{tmp_path}/gone"})
 
 
