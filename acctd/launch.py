@@ -16,7 +16,7 @@ from pathlib import Path
 from acctd.agent import Job
 from acctd.errors import AcctdError, KernelRefusedError
 
-_HELPER = Path(__file__).with_name("hook.py")
+_HELPER = Path(__file__).with_name("helper.py")
 
 
 class CommandError(AcctdError):

@@ -99,6 +99,7 @@ class Server:
         self._full_told = False
         self.methods: dict[str, tuple[type[msgspec.Struct], Method]] = {
             "Create": (_Create, self._create),
+            "Entry": (_OfJob, self._entry),
             "Attach": (_Attach, self._attach),
             "Usage": (_OfJob, self._usage),
             "List": (_Nothing, self._list),
@@ -215,6 +216,21 @@ class Server:
             "netns": str(self._daemon.agent.netns(job)) if job.spec.network != "host" else None,
             "address": str(job.lease.inner4) if job.lease else None,
             "cgroups": [str(directory.path) for _, directory in job.cgroups.all()],
+        }
+
+    async def _entry(self, caller: Caller, wanted: _OfJob) -> Answer:
+        job = self._own(caller, wanted.job)
+        owner = job.spec.owner
+        try:
+            account = accounts.named(str(owner.uid))
+        except NotFoundError:
+            account = accounts.Account(owner, [owner.gid], {})
+        return {
+            "netns": str(self._daemon.agent.netns(job)) if job.spec.network != "host" else None,
+            "uid": owner.uid,
+            "gid": owner.gid,
+            "groups": account.groups,
+            "environment": account.environment,
         }
 
     async def _attach(self, caller: Caller, wanted: _Attach) -> Answer:

@@ -50,6 +50,11 @@ method Create(
   job: string, user: ?string, limits: ?Limits, network: ?string, classes: ?[string][]string, tags: ?[string]string
 ) -> (job: string, netns: ?string, address: ?string, cgroups: []string)
 
+# What a launcher needs to enter a job: the name of its network namespace (null: the host's) and whom to become.
+method Entry(job: string) -> (
+  netns: ?string, uid: int, gid: int, groups: []int, environment: [string]string
+)
+
 # Put a process and what it starts from now on into a job; the caller itself if absent. The job runs from then on.
 method Attach(job: string, pid: ?int) -> ()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HOOK = Path(__file__).parents[2] / "acctd" / "hook.py"
+HOOK = Path(__file__).parents[2] / "acctd" / "helper.py"
 ARGV = [sys.executable, "-I", "-S", str(HOOK)]
 
 
@@ -57,7 +57,7 @@ def launch(command, plan=None, pass_fds=(), **options):
 def test_a_call_it_does_not_know_is_one_sentence(arguments):
     done = run(*arguments, stdin=subprocess.DEVNULL)
     assert done.returncode == 64
-    assert done.stderr.startswith("acctd-hook: ")
+    assert done.stderr.startswith("acctd helper: ")
     assert done.stderr.count("\n") == 1
 
 
