@@ -250,7 +250,7 @@ def sweep_sentinels(layout: Layout, base: str) -> None:
         return
     for cgroup in hierarchy.job(base, "x").parent.children():
         prefix, _, maker = cgroup.parts[-1].partition("-")
-        if prefix == _SENTINEL and not procs.is_alive(maker):
+        if prefix == _SENTINEL and ":" in maker and not procs.is_alive(maker):
             JobCgroups(Layout((hierarchy,)), base, cgroup.parts[-1]).remove()
 
 

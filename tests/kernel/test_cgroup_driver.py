@@ -452,15 +452,15 @@ def test_sentinels_come_and_go_and_those_of_the_dead_are_swept(layout: Layout, b
     disks = procs.disks()
     assert set(arm_block_counters(layout, base, [*disks, "99:99"])) <= set(disks)
     assert not any(top.exists() for top in tops(layout, base))
-    dead = subprocess.Popen(["true"])
-    dead.wait()
+    own = procs.identity(os.getpid())
+    dead = f"{os.getpid()}:1"  # our pid, as a process had it that started with the machine
     job = JobCgroups(layout, base, "job_1")
     job.create(Limits())
-    for name in (f"sentinel-{dead.pid}", f"sentinel-{os.getpid()}", "sentinel-x"):
+    for name in (f"sentinel-{dead}", f"sentinel-{own}", "sentinel-x"):
         blkio.job(base, name).make()
     sweep_sentinels(layout, base)
     names = [cgroup.parts[-1] for cgroup in blkio.job(base, "x").parent.children()]
-    assert names == ["job_1", f"sentinel-{os.getpid()}", "sentinel-x"]
+    assert names == ["job_1", f"sentinel-{own}", "sentinel-x"]
     for name in names[1:]:
         blkio.job(base, name).remove()
     finish(job)
