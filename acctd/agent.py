@@ -4,12 +4,11 @@ A job is made, polled and finished here, step by step, with the intent in the le
 is shown to a user, and how a command is started, is not this room's business.
 """
 
-import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Self
 from acctd.cgroup.driver import JobCgroups, arm_block_counters, sweep_sentinels
 from acctd.cgroup.layout import Layout, discover
 from acctd.config import Config
-from acctd.errors import AcctdError, ExhaustedError, InUseError, KernelRefusedError, NotPermittedError
-from acctd.kernel import conntrack, private, procs, rtnetlink
+from acctd.errors import AcctdError, InUseError, KernelRefusedError, NotPermittedError
+from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
 from acctd.ledger import FILE, Ledger, OpenJob, Place
 from acctd.meter import Meter
 from acctd.metrics import (
@@ -144,7 +143,7 @@ class Agent:
             boot_ns=boottime(),
             keeper=self._keeper,
         )
-        job = self._hold(row)
+        job = _hold(row, self.layout)
         try:
             self._refuse_what_is_taken(job)
             job.cgroups.create(spec.limits)
@@ -232,13 +231,13 @@ class Agent:
 
     # Finishing
 
-    def finish(self, job: Job, ending: Ending) -> Record:
+    def finish(self, job: Job, ending: Ending, patience: float = 10.0) -> Record:
         """End, read for the last time, sign off, dismantle: in this order, so that no byte is missed.
 
-        Processes that cannot be killed are named in the record's notes. What cannot be removed is named in
-        `self.trouble`, and stays for recover(): the record is good all the same.
+        Processes that cannot be killed within `patience` seconds are named in the record's notes. What cannot be
+        removed is named in `self.trouble`, and stays for recover(): the record is good all the same.
         """
-        if survivors := job.cgroups.kill():
+        if survivors := job.cgroups.kill(patience):
             job.notes.append(f"processes {_listed(survivors)} did not die on SIGKILL and are not fully accounted for")
         self._take_pipe(job)
         self.read_one(job)
@@ -261,26 +260,31 @@ class Agent:
         dealt with.
         """
         written: list[Record] = []
+        # Every controller of the host: a job may be from before one was taken out of the configuration.
+        layout = discover()
         sweep_sentinels(self.layout, self.config.cgroup.base)
         for row in self.ledger.open_jobs():
             if procs.is_alive(row.keeper) and row.boot_id == self._boot_id:
                 continue
             try:
-                record = self._recover_one(row, adopt)
+                record = self._recover_one(row, layout, adopt)
                 if record is not None:
                     written.append(record)
-            except AcctdError as e:
+            except (AcctdError, OSError) as e:
                 self.trouble.append(f"job {row.spec.id}, whose acctd had died: {e}")
         return written
 
-    def _recover_one(self, seen: OpenJob, adopt: Callable[[Job], None] | None) -> Record | None:
-        alive = seen.boot_id == self._boot_id and bool(self._hold(seen).cgroups.living())
-        if alive and seen.phase == "running" and adopt is None:
+    def _recover_one(self, seen: OpenJob, layout: Layout, adopt: Callable[[Job], None] | None) -> Record | None:
+        if adopt is None and seen.phase == "running" and self._lives(_hold(seen, layout)):
             return None
         row = self.ledger.claim(seen, self._keeper)
-        if row is None or row.phase != seen.phase:
-            return None  # somebody else deals with it, or its keeper did more before it died: next time
-        job = self._hold(row)
+        if row is None:
+            return None  # somebody else deals with it
+        # From here on the row as it is now: its keeper may have done more before it died.
+        job = _hold(row, layout)
+        alive = self._lives(job)
+        if alive and adopt is None and row.phase == "running":
+            return None  # we do not stay; the next one finds our claim dead
         if row.phase == "making":
             self.abandon(job)
             return None
@@ -305,15 +309,9 @@ class Agent:
 
     # Parts
 
-    def _hold(self, row: OpenJob) -> Job:
-        place = row.place
-        # Every controller of the host: the job may be from before one was taken out of the configuration.
-        layout = self.layout if row.keeper == self._keeper else discover()
-        cgroups = JobCgroups(layout, place.base, f"job_{row.spec.id}")
-        lease = None
-        if row.slot is not None:
-            lease = pool.lease(_pools(place), row.slot)
-        return Job(row, cgroups, lease, meter=Meter.restore(row.totals, row.kept))
+    def _lives(self, job: Job) -> bool:
+        """Whether processes of the job are left; after a reboot those of its cgroup's name are not its own."""
+        return job.row.boot_id == self._boot_id and bool(job.cgroups.living())
 
     def _backend(self, wanted: str, pools: Pools) -> Chains:
         """The back end of a name, or the one that "auto" leads to, for these pools; made once."""
@@ -390,26 +388,9 @@ class Agent:
             )
         self.ledger.forget(job.row.seq)
 
-    @contextmanager
-    def _network_lock(self) -> Iterator[None]:
+    def _network_lock(self) -> AbstractContextManager[None]:
         """One acctd at a time changes the shared parts of the ruleset. ExhaustedError if that takes too long."""
-        path = self.config.runtime_dir / "network.lock"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            deadline = time.monotonic() + _LOCK_PATIENCE
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise ExhaustedError(
-                            f"another acctd holds {path} for {_LOCK_PATIENCE:.0f} s; see whether one is stopped"
-                        ) from None
-                    time.sleep(0.001)
-            yield
-        finally:
-            os.close(fd)
+        return filelock.held(f"{self.config.runtime_dir}/network.lock", patience=_LOCK_PATIENCE)
 
     def _count_block_io(self) -> None:
         """Arm v1's block counters on disks that this process has not armed yet."""
@@ -463,6 +444,13 @@ def with_default_classes(spec: JobSpec, config: Config) -> JobSpec:
     """The configured classes, with those that the job names itself put in their place by name."""
     own = {cls.name for cls in spec.classes}
     return replace(spec, classes=(*spec.classes, *(cls for cls in config.network.classes if cls.name not in own)))
+
+
+def _hold(row: OpenJob, layout: Layout) -> Job:
+    """What a row of the ledger stands for; nothing of it is opened yet."""
+    cgroups = JobCgroups(layout, row.place.base, f"job_{row.spec.id}")
+    lease = pool.lease(_pools(row.place), row.slot) if row.slot is not None else None
+    return Job(row, cgroups, lease, meter=Meter.restore(row.totals, row.kept))
 
 
 def _find_stacked(job: Job, readings: Readings) -> None:

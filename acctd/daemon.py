@@ -171,7 +171,7 @@ class Daemon:
         self._busy.add(name)
         try:
             await self.kill(job)
-            record = self.agent.finish(job, ending)
+            record = self.agent.finish(job, ending, patience=0.0)  # kill() has had it, without blocking others
             del self.jobs[name]
         finally:
             self._busy.discard(name)

@@ -8,16 +8,14 @@ Kernel sources: include/uapi/linux/netfilter_ipv4/ip_tables.h and netfilter_ipv6
 
 import ctypes
 import errno
-import fcntl
 import os
 import socket
 import struct
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from acctd.errors import ExhaustedError, KernelRefusedError, NotPermittedError, UnavailableError
+from acctd.errors import KernelRefusedError, NotPermittedError, UnavailableError
+from acctd.kernel import filelock
 
 LOCK_PATIENCE = 15.0
 """Seconds to wait for another program's transaction: iptables-restore of a very large firewall takes about one."""
@@ -54,35 +52,14 @@ V4 = Family(4, socket.AF_INET, 0, "ip_tables_names", "iptables", 16, 88, 96, 112
 V6 = Family(6, socket.AF_INET6, 41, "ip6_tables_names", "ip6tables", 64, 140, 152, 168)
 
 
-@contextmanager
-def locked(*, shared: bool = False, patience: float = LOCK_PATIENCE) -> Iterator[None]:
+def locked(*, shared: bool = False, patience: float = LOCK_PATIENCE) -> AbstractContextManager[None]:
     """Hold the lock that iptables-legacy, -restore and everything built on them hold while they change a table.
 
     A reader takes it shared: between a writer's two system calls (replace, add counters) all counts are near zero.
     Raises ExhaustedError after `patience` seconds.
     """
     path = os.environ.get("XTABLES_LOCKFILE") or "/run/xtables.lock"
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as e:
-        refusal = NotPermittedError if e.errno in (errno.EACCES, errno.EPERM) else KernelRefusedError
-        raise refusal(f"cannot open the iptables lock {path}: {e.strerror}; run as root") from e
-    try:
-        # Asked for again and again rather than waited for: a holder that hangs must not hang the agent too.
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ExhaustedError(
-                        f"another program holds {path} for more than {patience:g} s; find it with `fuser {path}`"
-                    ) from None
-                time.sleep(0.0005)
-        yield
-    finally:
-        os.close(fd)
+    return filelock.held(path, shared=shared, patience=patience)
 
 
 class Table:

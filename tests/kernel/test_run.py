@@ -212,6 +212,26 @@ def test_the_next_run_finishes_what_a_killed_acctd_left(each_backend: Node) -> N
     assert json.loads(node.acctd("show", "orphan", "--json").stdout)["state"] == "lost"
 
 
+def test_an_orphan_is_cleared_away_whatever_the_configuration_says_by_then(node: Node) -> None:
+    argv = node.argv("run", "-q", "--id", "orphan", "--", "sh", "-c", "echo up; exec sleep 1000")
+    child = node.topology.popen(node.topology.node, argv, env=node.environ, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "up\n"
+    child.kill()
+    child.wait()
+    text = node.config.read_text()
+    node.config.write_text(text.replace("[cgroup]\n", '[cgroup]\ncontrollers = ["memory", "freezer"]\n'))
+    for hierarchy in discover().hierarchies:
+        for pid in hierarchy.job(node.base, "job_orphan").procs():
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while "finished job orphan" not in (done := node.acctd("run", "--network", "none", "--", "true")).stderr:
+        assert done.returncode == 0, done.stderr
+        assert time.monotonic() < deadline
+    # Its CPU time is counted, though the configuration names no such controller any more; the node sees to the rest.
+    assert json.loads(node.acctd("show", "orphan", "--json").stdout)["totals"]["cpu_user"][""] > 0
+
+
 def _read_until(fd: int, what: bytes, timeout: float = 20.0) -> bytes:
     seen = b""
     deadline = time.monotonic() + timeout
