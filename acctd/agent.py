@@ -30,7 +30,7 @@ from acctd.metrics import (
 )
 from acctd.model import JobSpec, Record, chain_name
 from acctd.network import host, pipe, pool
-from acctd.network.backend import ChainPlan, Chains, Counts, Pools
+from acctd.network.backend import ChainPlan, Chains, Counts, Pools, Sample
 from acctd.network.probe import choose
 from collectors.blkio import BlkioReader
 from collectors.cpu import CpuReader
@@ -190,11 +190,11 @@ class Agent:
         for job in jobs:
             self.take(job, dumps.get(job.row.place))
 
-    def read_chains(self, place: Place) -> dict[str, Counts]:
+    def read_chains(self, place: Place) -> dict[str, Sample]:
         """All jobs' chains of one back end, in one dump."""
         return self._chains_of(place).read()
 
-    def take(self, job: Job, chains: dict[str, Counts] | None) -> None:
+    def take(self, job: Job, chains: dict[str, Sample] | None) -> None:
         """Meter one job: its counter files now, and its chain as of a dump. What cannot be read is noted."""
         for reader in job.readers:
             try:
@@ -211,7 +211,7 @@ class Agent:
 
     def read_one(self, job: Job) -> None:
         """Meter one job by itself, chain included."""
-        chains: dict[str, Counts] | None = None
+        chains: dict[str, Sample] | None = None
         if job.row.place.backend is not None:
             try:
                 chains = self._chains_of(job.row.place).read(chain_name(job.spec.id))
@@ -219,9 +219,9 @@ class Agent:
                 job.note(f"the job's chain could not be read ({e}); network bytes since the last reading are missing")
         self.take(job, chains)
 
-    def _take_counts(self, job: Job, counts: Counts | None) -> None:
-        if counts is not None:
-            _feed_counts(job, counts)
+    def _take_counts(self, job: Job, sample: Sample | None) -> None:
+        if sample is not None:
+            _feed_counts(job, sample.counts)
         elif job.row.boot_id == self._boot_id:
             job.note("its chain was removed by another program; network bytes since the last reading are missing")
 

@@ -19,7 +19,7 @@ from acctd.errors import AcctdError, InUseError, NotFoundError
 from acctd.kernel import procs
 from acctd.ledger import Place
 from acctd.model import JobSpec, Record
-from acctd.network.backend import Counts
+from acctd.network.backend import Sample
 
 _SLICE = 20
 """Jobs read before the loop may do something else: about 1 ms of work."""
@@ -206,8 +206,8 @@ class Daemon:
                     self._read_job(job, dumps)
             await asyncio.sleep(0)
 
-    async def _read_chains(self, jobs: list[Job]) -> dict[Place, dict[str, Counts]]:
-        dumps: dict[Place, dict[str, Counts]] = {}
+    async def _read_chains(self, jobs: list[Job]) -> dict[Place, dict[str, Sample]]:
+        dumps: dict[Place, dict[str, Sample]] = {}
         for place in {job.row.place for job in jobs if job.row.place.backend is not None}:
             try:
                 dumps[place] = self.agent.read_chains(place)
@@ -216,7 +216,7 @@ class Daemon:
             await asyncio.sleep(0)
         return dumps
 
-    def _read_job(self, job: Job, dumps: dict[Place, dict[str, Counts]]) -> None:
+    def _read_job(self, job: Job, dumps: dict[Place, dict[str, Sample]]) -> None:
         try:
             self.agent.take(job, dumps.get(job.row.place))
             self.agent.store(job)

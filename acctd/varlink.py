@@ -33,8 +33,10 @@ interface org.acctd.Node
 
 type Limits (memory: ?int, memory_soft: ?int, swap: ?int, cpus: ?float, cpu_shares: ?int, cpuset: ?string, pids: ?int)
 
+# A job's totals include those of the families below it. Of a job that the caller may only see, totals is empty.
 type Job (
   id: string,
+  parent: ?string,
   owner: string,
   uid: int,
   phase: string,
@@ -42,24 +44,51 @@ type Job (
   started: float,
   wall_ns: int,
   pids: []int,
+  limits: Limits,
+  tags: [string]string,
+  notes: []string,
   totals: [string][string]int
 )
 
-# Make a job's cgroups and pipe. `user` is a name or a number, the caller if absent.
+# Numbers only grow. `job` is null where the agent itself is meant.
+type Event (number: int, time: float, job: ?string, event: string, text: string)
+
+# Make a job's cgroups and pipe. `user` is a name or a number, the caller if absent. With a parent: a family inside that
+# job, whose network is then "parent" unless it asks for another. The job is given up when the watcher's process ends,
+# and read at least every `interval` seconds.
 method Create(
-  job: string, user: ?string, limits: ?Limits, network: ?string, classes: ?[string][]string, tags: ?[string]string
+  job: string, user: ?string, limits: ?Limits, network: ?string, classes: ?[string][]string, tags: ?[string]string,
+  parent: ?string, watcher: ?int, interval: ?float
 ) -> (job: string, netns: ?string, address: ?string, cgroups: []string)
 
-# What a launcher needs to enter a job: the name of its network namespace (null: the host's) and whom to become.
+# Take a running process and its descendants as a new family, the caller itself if pid is absent: Create, for the
+# network it is in already, and Attach, both or neither.
+method Register(
+  job: string, pid: ?int, tags: ?[string]string, parent: ?string, watcher: ?int, interval: ?float
+) -> (job: string, cgroups: []string)
+
+# From now on take also processes that carry NAME=VALUE in their environment, or belong to a login, or to a
+# supplementary group: at once, and at every reading. The pids are those found at once.
+method Track(job: string, environment: ?string, login: ?string, group: ?int) -> (pids: []int)
+
+# End a family without ending its processes: they go on in the parent. Without a parent only once none is left.
+method Unregister(job: string) -> (record: object, classad: string)
+
+# What a launcher needs to enter a job: the name of its network namespace (null: where it is), whom to become, and a
+# process of the job's whose user namespace it must join first (null: none).
 method Entry(job: string) -> (
-  netns: ?string, uid: int, gid: int, groups: []int, environment: [string]string
+  netns: ?string, uid: int, gid: int, groups: []int, environment: [string]string, userns: ?int
 )
+
+# Move the job's pipe into the caller's network namespace, which must be a new one of its own user namespace. For
+# callers without root; once, before the job runs.
+method MovePipe(job: string) -> ()
 
 # Put a process and what it starts from now on into a job; the caller itself if absent. The job runs from then on.
 method Attach(job: string, pid: ?int) -> ()
 
 # Read the job now. Without a job: all that the caller may see.
-method Usage(job: string) -> (job: Job)
+method Usage(job: string) -> (job: Job, classad: string)
 method List() -> (jobs: []Job)
 
 # Act on every process of a job.
@@ -74,8 +103,11 @@ method Finish(job: string, exit_code: ?int, exit_signal: ?int) -> (record: objec
 # Read all jobs now, as a tick does.
 method Snapshot() -> (seconds: float)
 
+# What happened, oldest first, from the ledger: after a number, of one job, at most `limit` of them (1000), the newest.
+method Events(since: ?int, job: ?string, limit: ?int) -> (events: []Event)
+
 # With `more`: one reply an event, from now on.
-method Watch() -> (time: float, job: ?string, event: string, text: string)
+method Watch() -> (event: Event)
 
 # The agent's own cost.
 method Cost() -> (cost: [string]float)

@@ -19,6 +19,7 @@ from acctd.agent import Agent
 from acctd.config import Config
 from acctd.daemon import Daemon
 from acctd.errors import AcctdError
+from acctd.methods import Methods
 from acctd.server import Server
 
 log = logging.getLogger("acctd")
@@ -39,7 +40,7 @@ class _Service:
     def __init__(self, agent: Agent, config_path: str | None) -> None:
         self._config_path = config_path
         self._daemon = Daemon(agent)
-        self._server = Server(self._daemon, reload=self.reload, leave=self.leave)
+        self._server = Server(self._daemon, Methods(self._daemon, reload=self.reload, leave=self.leave))
         self._leaving = asyncio.Event()
         self._ticking: set[asyncio.Task[float]] = set()
 

@@ -28,6 +28,13 @@ Counts = dict[str, Count]
 """Rule name -> count, IPv4 and IPv6 summed."""
 
 
+class Sample(NamedTuple):
+    """One chain as it was read."""
+
+    counts: Counts
+    incarnation: str  # another one once the chain or a rule of it was made anew; "" where the kernel cannot tell
+
+
 @dataclass(frozen=True, slots=True)
 class ChainPlan:
     """What one job's chain is made from."""
@@ -58,7 +65,7 @@ class Chains(Protocol):
     def remove(self, plan: ChainPlan) -> None:
         """Remove chain and dispatch, and the shared parts if it was the last. Nothing there is fine."""
 
-    def read(self, chain: str | None = None) -> dict[str, Counts]:
+    def read(self, chain: str | None = None) -> dict[str, Sample]:
         """All chains' counts in one dump, or at least those of one chain, where the kernel can tell it apart for less.
 
         A chain that vanished is absent.

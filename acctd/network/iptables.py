@@ -20,7 +20,7 @@ from acctd.kernel import xtables
 from acctd.kernel.xtables import V4, V6, Family
 from acctd.model import REMAINDER, Network
 from acctd.network import iptc_loader, xtcounts, xtrules
-from acctd.network.backend import PREFIX, ChainPlan, Counts, Pools
+from acctd.network.backend import PREFIX, ChainPlan, Pools, Sample
 from acctd.network.classes import by_longest_prefix
 from acctd.network.xttable import Edit, transact
 
@@ -80,7 +80,7 @@ class Iptables:
         if failed is not None:
             raise failed
 
-    def read(self, chain: str | None = None) -> dict[str, Counts]:
+    def read(self, chain: str | None = None) -> dict[str, Sample]:
         """All chains' counts in one dump, or one chain's: L3 bytes and packets. A chain that vanished is absent.
 
         The kernel gives whole tables only, so that one chain costs nearly as much as all.
@@ -89,7 +89,7 @@ class Iptables:
             with xtables.locked(shared=True):
                 blobs = [(sampler, table.entries()) for table, sampler in self._readers]
             samples = [sampler.take(blob) for sampler, blob in blobs if blob is not None]
-        return xtcounts.total(samples, chain)
+        return {name: Sample(counts, "") for name, counts in xtcounts.total(samples, chain).items()}
 
     def close(self) -> None:
         """Nothing to give back: no descriptor outlives a call."""

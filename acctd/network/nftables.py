@@ -28,7 +28,7 @@ from acctd.errors import KernelRefusedError
 from acctd.kernel.libnftables import Command, Libnftables
 from acctd.kernel.nftrules import TableReader
 from acctd.model import REMAINDER, DestinationClass, Network
-from acctd.network.backend import PREFIX, ChainPlan, Count, Counts, Pools
+from acctd.network.backend import PREFIX, ChainPlan, Count, Pools, Sample
 from acctd.network.classes import disjoint
 
 TABLE = "acctd"
@@ -75,12 +75,13 @@ class Nftables:
         if neighbour is not None:
             self._remove_unused_sets(plan, neighbour)
 
-    def read(self, chain: str | None = None) -> dict[str, Counts]:
+    def read(self, chain: str | None = None) -> dict[str, Sample]:
         """All jobs' counts from one netlink dump, or one job's at a cost that does not grow with the others'."""
         if chain is not None:
             counts = self._reader.read_chain(chain)
-            return {} if counts is None else {chain: counts}
-        return {chain: counts for chain, counts in self._reader.read().items() if chain.startswith(CHAIN_PREFIX)}
+            return {} if counts is None else {chain: Sample(counts, "")}
+        found = self._reader.read().items()
+        return {chain: Sample(counts, "") for chain, counts in found if chain.startswith(CHAIN_PREFIX)}
 
     def close(self) -> None:
         """Give the library's context and the sockets back; chains stay."""
