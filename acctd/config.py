@@ -6,9 +6,10 @@ Nothing here looks at the kernel: whether this host can do what is asked is foun
 
 import difflib
 import math
+import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Network, IPv6Network
@@ -31,6 +32,7 @@ SUN_PATH = 107
 _T = TypeVar("_T")
 _N = TypeVar("_N", IPv4Network, IPv6Network)
 
+Others = Literal["ps", "nothing"]
 Backend = Literal["auto", "iptables", "nftables"]
 
 _Text = Annotated[str, Meta(description="text")]
@@ -69,6 +71,16 @@ class LimitsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pids: Annotated[int, Meta(description="a whole number")] | None = None
 
 
+class AccessTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[access] as written."""
+
+    create: Annotated[list[str], Meta(description="a list of user names and @groups")] = msgspec.field(
+        default_factory=list
+    )
+    others: Annotated[Others, Meta(description='"ps" or "nothing"')] = "ps"
+    jobs_per_user: Annotated[int, Meta(ge=1, le=100_000, description="a whole number, 1 to 100000")] = 100
+
+
 class FileTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file's top level as written."""
 
@@ -79,6 +91,7 @@ class FileTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cgroup: CgroupTable = msgspec.field(default_factory=CgroupTable)
     network: NetworkTable = msgspec.field(default_factory=NetworkTable)
     limits: LimitsTable = msgspec.field(default_factory=LimitsTable)
+    access: AccessTable = msgspec.field(default_factory=AccessTable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +114,20 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AccessConfig:
+    """What users other than root may do and see."""
+
+    create: tuple[str, ...]  # user names, and groups as @NAME
+    others: Others
+    jobs_per_user: int
+
+    def may_create(self, user: str, groups: Collection[str]) -> bool:
+        """Whether a user in these groups may create jobs. Root may anyway and need not be asked about here."""
+        named = user in self.create and not user.startswith("@")
+        return named or any(f"@{group}" in self.create for group in groups)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole configuration, checked."""
 
@@ -112,6 +139,7 @@ class Config:
     cgroup: CgroupConfig
     network: NetworkConfig
     limits: Limits
+    access: AccessConfig
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Config:
@@ -171,6 +199,7 @@ def parse(text: str, file: str | None) -> tuple[Config | None, list[str]]:
         cgroup=reader.cgroup(table.cgroup),
         network=reader.network(table.network),
         limits=reader.limits(table.limits),
+        access=reader.access(table.access),
     )
     return (None if reader.mistakes else config), reader.mistakes
 
@@ -263,6 +292,18 @@ class _Reader:
         if len(self.mistakes) > before:
             return Limits()
         return self._try("limits.", lambda: Limits(**values)) or Limits()
+
+    def access(self, table: AccessTable) -> AccessConfig:
+        """Names that could be a user's or a group's. Whether the host has them is found out when somebody asks."""
+        for name, times in Counter(table.create).items():
+            # passwd(5) and group(5): a field ends at a colon, an entry at the line's end.
+            if not re.fullmatch(r"@?[^\s:/@-][^\s:/]*", name):
+                self.mistakes.append(
+                    f"access.create {_shown(name)} is neither a user nor a group; write a name, or @NAME for a group"
+                )
+            elif times > 1:
+                self.mistakes.append(f"access.create has {name!r} {times} times; once is enough")
+        return AccessConfig(create=tuple(table.create), others=table.others, jobs_per_user=table.jobs_per_user)
 
     def _pool(self, key: str, text: str, kind: type[_N], prefix: tuple[int, int]) -> _N | None:
         low, high = prefix

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from acctd.cli.config import command as cli
-from acctd.config import DEFAULT_FILE, load, parse
+from acctd.config import DEFAULT_FILE, AccessConfig, load, parse
 from acctd.errors import ConfigError, NotFoundError
 from acctd.model import Limits
 
@@ -37,6 +37,7 @@ def test_an_empty_file_is_all_defaults():
     assert c.network.pool6 == IPv6Network("fd61:6363:7464::/112")
     assert [(k.name, len(k.networks)) for k in c.network.classes] == [("Internal", 4)]
     assert c.limits == Limits()
+    assert c.access == AccessConfig(create=(), others="ps", jobs_per_user=100)
 
 
 def test_the_example_is_the_default_in_every_key():
@@ -67,6 +68,10 @@ def test_every_key_is_taken():
         [limits]
         memory = "2G"
         memory_soft = 1073741824
+        [access]
+        create = ["alice", "@batch", "carol@example.org"]
+        others = "nothing"
+        jobs_per_user = 7
         """
     )
     assert (c.state_dir, c.runtime_dir, c.socket) == (Path("/s"), Path("/r"), Path("/r/acctd.sock"))
@@ -74,6 +79,28 @@ def test_every_key_is_taken():
     assert (c.network.mode, c.network.pool6, c.network.backend) == ("none", None, "nftables")
     assert [k.name for k in c.network.classes] == ["S3"]
     assert c.limits == Limits(memory=2 << 30, memory_soft=1 << 30)
+    assert c.access.create == ("alice", "@batch", "carol@example.org")
+    assert (c.access.others, c.access.jobs_per_user) == ("nothing", 7)
+
+
+@pytest.mark.parametrize(
+    ("user", "groups", "may"),
+    [
+        ("alice", [], True),
+        ("bob", ["users", "batch"], True),
+        ("bob", ["users"], False),
+        ("bob", [], False),
+        ("batch", [], False),  # a user who is called like the group
+        ("@batch", [], False),
+        ("bob", ["alice"], False),  # a group that is called like the user
+    ],
+)
+def test_who_may_create_is_named_or_in_a_named_group(user, groups, may):
+    assert good('[access]\ncreate = ["alice", "@batch"]').access.may_create(user, groups) is may
+
+
+def test_nobody_may_create_by_default():
+    assert not good("").access.may_create("alice", ["batch", "wheel"])
 
 
 WRONG = [
@@ -121,6 +148,18 @@ WRONG = [
     ("[limits]\ncpus = 0", "limits.cpus 0.0 is out of range; it takes 0.01 to 65536 cores"),
     ("[limits]\ncpuset = 'a'", "limits.cpuset 'a' is no CPU list"),
     ("[limits]\npids = true", "limits.pids True is not usable; it takes a whole number"),
+    ("[access]\ncreate = 'alice'", "access.create 'alice' is not usable; it takes a list of user names and @groups"),
+    ("[access]\ncreate = ['']", "access.create '' is neither a user nor a group; write a name, or @NAME for a group"),
+    ("[access]\ncreate = ['@']", "access.create '@' is neither"),
+    ("[access]\ncreate = ['@@a']", "access.create '@@a' is neither"),
+    ("[access]\ncreate = ['a b']", "access.create 'a b' is neither"),
+    ('[access]\ncreate = ["a\\n"]', "access.create 'a\\n' is neither"),
+    ("[access]\ncreate = ['a:b']", "access.create 'a:b' is neither"),
+    ("[access]\ncreate = ['a', 'a']", "access.create has 'a' 2 times; once is enough"),
+    ("[access]\nothers = 'all'", 'access.others \'all\' is not usable; it takes "ps" or "nothing"'),
+    ("[access]\njobs_per_user = 0", "access.jobs_per_user 0 is not usable; it takes a whole number, 1 to 100000"),
+    ("[access]\njobs_per_user = 1.5", "access.jobs_per_user 1.5 is not usable; it takes a whole number"),
+    ("[acess]\nothers = 'ps'", "acess is no key of acctd; did you mean access?"),
     ("a = ", "this is no TOML: Invalid value (at end of document)"),
 ]
 
