@@ -24,6 +24,9 @@ from acctd.errors import (
 FRAME_LIMIT = 1 << 18
 """Bytes of one message at most: above a record with 4096-character tags, below what a flood could cost us."""
 
+READ = 1 << 16
+"""Bytes read at a time."""
+
 INTERFACE = "org.acctd.Node"
 SERVICE = "org.varlink.service"
 
@@ -147,30 +150,43 @@ class Call(msgspec.Struct, frozen=True):
     """One request. `more` asks for several replies, `oneway` for none."""
 
     method: str
-    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
+    parameters: dict[str, Any] | None = None  # some clients send null for none
     more: bool = False
     oneway: bool = False
 
 
 class Decoder:
-    """Bytes in, calls out. Keeps at most one unfinished frame."""
+    """Bytes in, calls out. Keeps what was pushed and not taken yet, at most one message and one read."""
 
     def __init__(self, limit: int = FRAME_LIMIT) -> None:
         self._limit = limit
         self._rest = bytearray()
+        self._searched = 0  # so many bytes hold no NUL: a message that comes in crumbs is searched once, not each time
 
-    def feed(self, data: bytes) -> Iterator[Call]:
-        """The calls that are complete now. Raises FrameError."""
+    @property
+    def pending(self) -> int:
+        """How many bytes are kept."""
+        return len(self._rest)
+
+    def push(self, data: bytes) -> None:
+        """Take in what came, READ bytes at most. Raises FrameError where calls pile up that nobody takes."""
+        if len(self._rest) + len(data) > self._limit + READ:
+            raise FrameError(f"more than {self._limit} bytes behind a call that is not answered yet")
         self._rest += data
-        while (end := self._rest.find(0)) >= 0:
+
+    def calls(self) -> Iterator[Call]:
+        """The calls that are complete now. Raises FrameError."""
+        while (end := self._rest.find(0, self._searched)) >= 0:
+            self._searched = 0
             frame = bytes(self._rest[:end])
             del self._rest[: end + 1]
             if end > self._limit:
                 raise FrameError(f"a message of {end} bytes is above the {self._limit} allowed")
             try:
                 yield msgspec.json.decode(frame, type=Call)
-            except (msgspec.DecodeError, RecursionError) as e:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
                 raise FrameError(f"not a varlink call: {e}") from None
+        self._searched = len(self._rest)
         if len(self._rest) > self._limit:
             raise FrameError(f"a message of more than {self._limit} bytes")
 
