@@ -21,9 +21,10 @@ from pathlib import Path
 import msgspec
 
 from acctd import __version__, varlink
+from acctd.caller import Caller
 from acctd.daemon import Daemon
 from acctd.errors import AcctdError, NotPermittedError
-from acctd.methods import Caller, Methods
+from acctd.methods import Methods
 from acctd.shares import PER_USER, WATCHES_PER_USER, Once, Share, Shares
 
 BACKLOG = 1024
@@ -38,6 +39,7 @@ HALF = 30.0
 _ACCEPTS = 16  # connections taken at a time, before the loop may do something else
 _ACCEPT_AGAIN = 1.0  # s to wait when the system had no descriptor or memory for another connection
 _LINGER = 1.0  # s in which what a peer was still sending is thrown away, so that it gets to read why it is hung up on
+_LEAVING = 64  # refused connections that are given this time; the rest of a flood is closed at once
 _PEERCRED = struct.Struct("3i")
 
 log = logging.getLogger("acctd")
@@ -75,6 +77,7 @@ class Server:
         self._shares = Shares()
         self._once = Once(log)
         self._peers: dict[_Peer, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()  # refused, and given time to read why
         self._listener: socket.socket | None = None
 
     async def listen(self, path: Path, inherited: socket.socket | None = None) -> "Server":
@@ -113,7 +116,7 @@ class Server:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
             self._listener = None
-        for task in self._peers.values():
+        for task in (*self._peers.values(), *self._leaving):
             task.cancel()
 
     # Coming in
@@ -147,7 +150,12 @@ class Server:
         why = self._no_room(share)
         if why is not None:
             peer.tell(_exhausted(why))
-            connection.close()
+            if len(self._leaving) < _LEAVING:
+                task = loop.create_task(_see_off(connection))
+                self._leaving.add(task)
+                task.add_done_callback(self._leaving.discard)
+            else:
+                connection.close()
             return
         self._shares.enter(share)
         self._peers[peer] = loop.create_task(self._serve(peer))
@@ -184,7 +192,7 @@ class Server:
             if e.kind != "idle":  # nothing wrong with that
                 self._once.tell(e.kind, f"uid {peer.caller.uid}, pid {peer.caller.pid}: {e}; hung up")
             peer.tell(e.frame)
-            await _linger(peer.socket)
+            await _see_off(peer.socket)
         except OSError:
             pass  # it went away: that is its right, and whatever it asked for is done
         except Exception as e:
@@ -281,8 +289,9 @@ class Server:
             return varlink.refusal(e)
         except Exception as e:
             self._daemon.cost.errors += 1
-            said = f"{name} failed inside acctd ({type(e).__name__}): this is a defect"
-            self._once.tell(f"{name} {type(e).__name__}", said, e)
+            shown = name if name in self._methods.table else "a call"  # else anything that a peer thinks of
+            said = f"{shown} failed inside acctd ({type(e).__name__}): this is a defect"
+            self._once.tell(f"{shown} {type(e).__name__}", said, e)
             return varlink.failure(f"{varlink.INTERFACE}.Failed", message=f"{said}; see the agent's log")
 
     async def _watch(self, peer: _Peer, call: varlink.Call) -> None:
@@ -351,9 +360,9 @@ async def _read_on(peer: _Peer) -> None:
         loop.remove_reader(peer.socket)
 
 
-async def _linger(connection: socket.socket) -> None:
-    """Let the peer read what it was told: closed with something unread, a socket gives the peer an error instead."""
-    with contextlib.suppress(OSError):  # TimeoutError too
+async def _see_off(connection: socket.socket) -> None:
+    """Close, but let the peer finish its call first: one that cannot send any more does not read why, as a rule."""
+    with connection, contextlib.suppress(OSError):  # TimeoutError too
         connection.shutdown(socket.SHUT_WR)
         async with asyncio.timeout(_LINGER):
             while await asyncio.get_running_loop().sock_recv(connection, varlink.READ):
