@@ -7,30 +7,24 @@ is shown to a user, and how a command is started, is not this room's business.
 import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Network, IPv6Network
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from acctd.cgroup.driver import JobCgroups, arm_block_counters, sweep_sentinels
+from acctd.cgroup.driver import arm_block_counters
 from acctd.cgroup.layout import Layout, discover
 from acctd.config import Config
-from acctd.errors import AcctdError, InUseError, KernelRefusedError, NotPermittedError
+from acctd.errors import AcctdError, InUseError, KernelRefusedError, LedgerError, NotPermittedError
+from acctd.job import NETWORK, NETWORK_NAMES, Ending, Job, boottime, hold, listed
 from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
-from acctd.ledger import FILE, Ledger, OpenJob, Place
-from acctd.meter import Meter
-from acctd.metrics import (
-    CPU_SYSTEM,
-    CPU_USER,
-    NETWORK_BYTES,
-    NETWORK_PACKETS,
-    Readings,
-)
+from acctd.ledger import FILE, Ledger, Place, Terms, encode_row, move_aside
+from acctd.meter import add
+from acctd.metrics import BLOCK, CPU_SYSTEM, CPU_USER
 from acctd.model import JobSpec, Record, chain_name
 from acctd.network import host, pipe, pool
-from acctd.network.backend import ChainPlan, Chains, Counts, Pools, Sample
+from acctd.network.backend import Chains, Pools, Sample
 from acctd.network.probe import choose
 from collectors.blkio import BlkioReader
 from collectors.cpu import CpuReader
@@ -40,73 +34,29 @@ from collectors.pressure import PressureReader
 
 _LOCK_PATIENCE = 30.0  # s
 
-Reader = BlkioReader | CpuReader | MemoryReader | PidsReader | PressureReader
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How and when the job's main process ended; all None where nobody saw it."""
-
-    exit_code: int | None = None
-    exit_signal: int | None = None
-    at: int | None = None  # CLOCK_BOOTTIME, ns
-
-    @classmethod
-    def now(cls, code: int) -> "Ending":
-        """An exit status, or -n after signal n, seen this moment."""
-        return cls(exit_code=code, at=boottime()) if code >= 0 else cls(exit_signal=-code, at=boottime())
-
-
-@dataclass(slots=True)
-class Job:
-    """A job that the agent holds: its row in the ledger, and what is open for it."""
-
-    row: OpenJob
-    cgroups: JobCgroups
-    lease: pool.Lease | None
-    namespace: int | None = None
-    meter: Meter = field(default_factory=Meter)
-    readers: list[Reader] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
-
-    def note(self, sentence: str) -> None:
-        """Say something about this account, once."""
-        if sentence not in self.notes:
-            self.notes.append(sentence)
-
-    @property
-    def spec(self) -> JobSpec:
-        return self.row.spec
-
-    def close(self) -> None:
-        """Give descriptors back. The job itself goes on."""
-        for reader in self.readers:
-            reader.close()
-        self.readers.clear()
-        if self.namespace is not None:
-            os.close(self.namespace)
-            self.namespace = None
-
 
 class Agent:
     """One acctd process's hold on this node. Use as a context manager."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, lasting: bool = False) -> None:
+        """`lasting`: for an agent that holds the node's jobs, which rather begins a new ledger than go without one."""
         if os.geteuid() != 0:
             raise NotPermittedError("acctd needs root to make cgroups and network namespaces; run as root or by sudo")
         self.config = config
         for directory in (config.state_dir, config.runtime_dir, config.runtime_dir / "netns"):
             private.make(directory)
-        self._open = ExitStack()
-        self.ledger = self._open.enter_context(Ledger(config.state_dir / FILE))
+        self.trouble: list[str] = []
+        """What could not be cleaned up so far, one sentence each."""
+        self.ledger = self._open_ledger(lasting=lasting)
         self.layout: Layout = discover(config.cgroup.controllers)
         self.pools = Pools(config.network.pool4, config.network.pool6 if host.has_ipv6() else None)
-        self._keeper = procs.identity(os.getpid())
-        self._boot_id = procs.boot_id()
+        self.keeper = procs.identity(os.getpid())
+        self.boot_id = procs.boot_id()
+        self.held: dict[int, Job] = {}
+        """The jobs that this process holds, by seq."""
         self._chains: dict[tuple[str, Pools], Chains] = {}
-        self.trouble: list[str] = []
-        """What could not be cleaned up so far, one sentence each; recover() tries again."""
+        self.leftovers: list[Job] = []
+        """Signed-off jobs that could not be removed from the kernel yet; clear_up() tries again."""
         self._armed: dict[str, str] = {}  # disk -> serial number
 
     def __enter__(self) -> Self:
@@ -115,7 +65,7 @@ class Agent:
     def __exit__(self, *_: object) -> None:
         for chains in {id(chains): chains for chains in self._chains.values()}.values():
             chains.close()
-        self._open.close()
+        self.ledger.close()
 
     def reconfigure(self, config: Config) -> None:
         """Another configuration for the jobs to come; those there are keep what they were made with."""
@@ -128,25 +78,29 @@ class Agent:
 
     # Making a job
 
-    def create(self, spec: JobSpec) -> Job:
-        """Lease, cgroups, pipe and chain for a job; on failure nothing of it is left."""
+    def create(self, spec: JobSpec, parent: Job | None = None, terms: Terms | None = None) -> Job:
+        """Lease, cgroups, pipe and chain for a job; on failure nothing of it is left. A family lies in its parent."""
         nat = spec.network == "nat"
         chains = self._backend(self.config.network.backend, self.pools) if nat else None
-        place = Place(self.config.cgroup.base)
+        place = Place(f"{parent.cgroups.base}/{parent.cgroups.name}" if parent else self.config.cgroup.base)
         if chains is not None:
             place = replace(place, backend=chains.name, pool4=str(self.pools.v4), pool6=str(self.pools.v6 or ""))
         row = self.ledger.open_job(
             spec,
             place,
             slots=pool.slots(self.pools) if nat else None,
-            boot_id=self._boot_id,
+            boot_id=self.boot_id,
             boot_ns=boottime(),
-            keeper=self._keeper,
+            keeper=self.keeper,
+            parent=parent.row.seq if parent else None,
+            terms=terms,
         )
-        job = _hold(row, self.layout)
+        job = hold(row, parent.cgroups.layout if parent else self.layout)
         try:
             self._refuse_what_is_taken(job)
             job.cgroups.create(spec.limits)
+            # All that the ledger knows, for the day when there is no ledger.
+            job.cgroups.describe(encode_row(row))
         except InUseError:
             # Somebody else's: abandon() would take it from them.
             self.ledger.forget(row.seq)
@@ -160,10 +114,11 @@ class Agent:
             elif spec.network == "none":
                 job.namespace = pipe.make_empty(self.netns(job))
             self._count_block_io()
-            self._open_readers(job)
+            self.open_readers(job)
         except BaseException:
             self.abandon(job)
             raise
+        self.held[row.seq] = job
         return job
 
     def begin(self, job: Job, at: int | None = None) -> None:
@@ -177,22 +132,33 @@ class Agent:
     def abandon(self, job: Job) -> None:
         """Undo a job that never ran: no record, nothing left."""
         if survivors := job.cgroups.kill():
-            raise KernelRefusedError(f"processes {_listed(survivors)} of job {job.spec.id} do not die on SIGKILL")
-        self._take_pipe(job)
-        self._dismantle(job)
+            raise KernelRefusedError(f"processes {listed(survivors)} of job {job.spec.id} do not die on SIGKILL")
+        self.take_pipe(job)
+        self.dismantle(job)
 
     # Reading
 
     def poll(self, jobs: list[Job]) -> None:
-        """Read every job once and meter it: the counter files of each, and one dump of all chains of a back end."""
-        places = {job.row.place for job in jobs if job.row.place.backend is not None}
-        dumps = {place: self.read_chains(place) for place in places}
-        for job in jobs:
-            self.take(job, dumps.get(job.row.place))
+        """Read every job once and meter it: the counter files of each, and one dump of all chains of a back end.
 
-    def read_chains(self, place: Place) -> dict[str, Sample]:
-        """All jobs' chains of one back end, in one dump."""
-        return self._chains_of(place).read()
+        Chains that another program has damaged are mended.
+        """
+        dumps = {chains: chains.read() for chains in self.backends(jobs)}
+        for job in jobs:
+            chains = self.chains_of(job)
+            self.take(job, dumps[chains] if chains is not None else None)
+        self.mend(jobs)
+
+    def backends(self, jobs: Iterable[Job]) -> set[Chains]:
+        """Those that some jobs have their chains in."""
+        return {chains for job in jobs if (chains := self.chains_of(job)) is not None}
+
+    def chains_of(self, job: Job) -> Chains | None:
+        """The back end that holds a job's chain; None where it has none, or had it before the last boot."""
+        place = job.row.place
+        if place.backend is None or job.pools is None or job.row.boot_id != self.boot_id:
+            return None
+        return self._backend(place.backend, job.pools)
 
     def take(self, job: Job, chains: dict[str, Sample] | None) -> None:
         """Meter one job: its counter files now, and its chain as of a dump. What cannot be read is noted."""
@@ -205,29 +171,79 @@ class Agent:
             for readings in changes:
                 job.meter.feed(readings)
                 if isinstance(reader, BlkioReader):
-                    _find_stacked(job, readings)
+                    job.find_stacked(readings)
         if chains is not None:
-            self._take_counts(job, chains.get(chain_name(job.spec.id)))
+            _take_sample(job, chains.get(chain_name(job.spec.id)))
 
     def read_one(self, job: Job) -> None:
         """Meter one job by itself, chain included."""
-        chains: dict[str, Sample] | None = None
-        if job.row.place.backend is not None:
+        samples: dict[str, Sample] | None = None
+        if (chains := self.chains_of(job)) is not None:
             try:
-                chains = self._chains_of(job.row.place).read(chain_name(job.spec.id))
+                samples = chains.read(chain_name(job.spec.id))
             except (AcctdError, OSError) as e:
                 job.note(f"the job's chain could not be read ({e}); network bytes since the last reading are missing")
-        self.take(job, chains)
+        self.take(job, samples)
 
-    def _take_counts(self, job: Job, sample: Sample | None) -> None:
-        if sample is not None:
-            _feed_counts(job, sample.counts)
-        elif job.row.boot_id == self._boot_id:
-            job.note("its chain was removed by another program; network bytes since the last reading are missing")
+    def store(self, jobs: Iterable[Job]) -> None:
+        """Put the accounts so far into the ledger."""
+        self.ledger.store([(job.row.seq, job.account) for job in jobs], boottime())
 
-    def store(self, job: Job) -> None:
-        """Put the totals so far into the ledger."""
-        self.ledger.store_totals(job.row.seq, *job.meter.state(), boottime())
+    def _open_ledger(self, *, lasting: bool) -> Ledger:
+        path = self.config.state_dir / FILE
+        try:
+            ledger = Ledger(path)
+            if lasting:
+                ledger.check()
+        except LedgerError as e:
+            if not e.corrupt or not lasting:
+                raise
+            aside = move_aside(path)
+            self.trouble.append(f"{e}; it is now {aside}, and jobs are found again by what stands on their cgroups")
+            return Ledger(path)
+        return ledger
+
+    def begin_ledger_anew(self) -> Path:
+        """Move a corrupt ledger aside and write the jobs that are held into a new one; where the old one is now."""
+        self.ledger.close()
+        aside = move_aside(self.config.state_dir / FILE)
+        self.ledger = Ledger(self.config.state_dir / FILE)
+        seqs: dict[int, int] = {}
+        for seq, job in sorted(self.held.items()):
+            parent = seqs.get(job.row.parent) if job.row.parent is not None else None
+            job.row = self.ledger.reinstate(replace(job.row, account=job.account, parent=parent, seen_ns=boottime()))
+            seqs[seq] = job.row.seq
+        self.held = {job.row.seq: job for job in self.held.values()}
+        return aside
+
+    # Mending what other programs did to chains
+
+    def mend(self, jobs: Iterable[Job]) -> list[tuple[Job, str]]:
+        """Make the chains anew that no longer count all of their jobs' packets; the jobs, and what befell each.
+
+        What they had counted when they were read last is kept; what passed from then on until now is lost, and how
+        much that can be at most is said, also in the job's notes.
+        """
+        mended: list[tuple[Job, str]] = []
+        for chains, mine in self._by_backend(jobs).items():
+            broken: set[str] = getattr(chains, "broken", lambda _: set())(
+                [job.plan for job in mine if job.plan is not None]
+            )
+            damaged = [job for job in mine if job.damage is not None or (job.plan and job.plan.chain in broken)]
+            if damaged and (pools_ := damaged[0].pools) is not None:
+                with self._network_lock():
+                    host.enable_forwarding(ipv6=pools_.v6 is not None)
+                    host.keep_in(pools_)
+                    chains.add(*(job.plan for job in damaged if job.plan is not None))
+                mended += [(job, _begin_anew(job)) for job in damaged]
+        return mended
+
+    def _by_backend(self, jobs: Iterable[Job]) -> dict[Chains, list[Job]]:
+        found: dict[Chains, list[Job]] = {}
+        for job in jobs:
+            if (chains := self.chains_of(job)) is not None:
+                found.setdefault(chains, []).append(job)
+        return found
 
     # Finishing
 
@@ -235,83 +251,56 @@ class Agent:
         """End, read for the last time, sign off, dismantle: in this order, so that no byte is missed.
 
         Processes that cannot be killed within `patience` seconds are named in the record's notes. What cannot be
-        removed is named in `self.trouble`, and stays for recover(): the record is good all the same.
+        removed is named in `self.trouble`, and stays for recover(): the record is good all the same. Raises LedgerError
+        where the record cannot be committed: then nothing is dismantled, and finish() may be called again.
         """
-        if survivors := job.cgroups.kill(patience):
-            job.notes.append(f"processes {_listed(survivors)} did not die on SIGKILL and are not fully accounted for")
-        self._take_pipe(job)
-        self.read_one(job)
-        record = self._record(job, ending)
-        self.ledger.sign_off(job.row.seq, record)
-        try:
-            self._dismantle(job)
-        except AcctdError as e:
-            self.trouble.append(f"job {job.spec.id}: {e}")
+        record = self.last_reading(job, ending, patience)
+        self.sign_off(job, record)
         return record
 
-    # Putting right what others left
+    def last_reading(self, job: Job, ending: Ending, patience: float = 10.0) -> Record:
+        """End the job and read it for the last time; the record is not yet committed."""
+        if survivors := job.cgroups.kill(patience):
+            job.note(f"processes {listed(survivors)} did not die on SIGKILL and are not fully accounted for")
+        passed = rtnetlink.link_bytes(job.lease.ifname) if job.lease else None
+        self.take_pipe(job)
+        self.read_one(job)
+        if job.damage is not None:
+            job.note(f"{job.damage} by another program; {_bound(job, passed)} of the job are not counted")
+        return self.record(job, ending)
 
-    def recover(self, adopt: Callable[[Job], None] | None = None) -> list[Record]:
-        """Finish the jobs whose keeper died and whose processes are gone; undo half-made ones.
+    def sign_off(self, job: Job, record: Record) -> None:
+        """Commit the record, tell the parent, and remove what is left in the kernel. Raises LedgerError."""
+        parent = self.held.get(job.row.parent) if job.row.parent is not None else None
+        elsewhere = {name: record.totals[name] for name in NETWORK_NAMES if name in record.totals}
+        # v2 keeps what a removed child did; v1's block counters sum over those that are there.
+        blkio = job.cgroups.layout.of("blkio")
+        lost = {}
+        if blkio is not None and blkio.version == 1:
+            lost = {metric.name: record.totals[metric.name] for metric in BLOCK if metric.name in record.totals}
+        if job.row.parent is None:
+            elsewhere = lost = {}
+        self.ledger.sign_off(job.row.seq, record, elsewhere=elsewhere, lost=lost)
+        if parent is not None:
+            parent.families = add(parent.families, elsewhere)
+            parent.meter.expect_loss(lost)
+        try:
+            self.dismantle(job)
+        except AcctdError as e:
+            self.trouble.append(f"job {job.spec.id}: {e}")
+            self.leftovers.append(job)
 
-        Living jobs are let be, or given to `adopt`, held open and ours from then on.
-
-        Returns the records written. Trouble with one job goes to `self.trouble` and does not keep another from being
-        dealt with.
-        """
-        written: list[Record] = []
-        # Every controller of the host: a job may be from before one was taken out of the configuration.
-        layout = discover()
-        sweep_sentinels(self.layout, self.config.cgroup.base)
-        for row in self.ledger.open_jobs():
-            if procs.is_alive(row.keeper) and row.boot_id == self._boot_id:
-                continue
+    def clear_up(self) -> None:
+        """Try again to remove what could not be removed."""
+        for job in list(self.leftovers):
             try:
-                record = self._recover_one(row, layout, adopt)
-                if record is not None:
-                    written.append(record)
-            except (AcctdError, OSError) as e:
-                self.trouble.append(f"job {row.spec.id}, whose acctd had died: {e}")
-        return written
-
-    def _recover_one(self, seen: OpenJob, layout: Layout, adopt: Callable[[Job], None] | None) -> Record | None:
-        if adopt is None and seen.phase == "running" and self._lives(_hold(seen, layout)):
-            return None
-        row = self.ledger.claim(seen, self._keeper)
-        if row is None:
-            return None  # somebody else deals with it
-        # From here on the row as it is now: its keeper may have done more before it died.
-        job = _hold(row, layout)
-        alive = self._lives(job)
-        if alive and adopt is None and row.phase == "running":
-            return None  # we do not stay; the next one finds our claim dead
-        if row.phase == "making":
-            self.abandon(job)
-            return None
-        if row.phase == "closed":
-            job.cgroups.kill()
-            self._take_pipe(job)
-            self._dismantle(job)
-            return None
-        if row.boot_id == self._boot_id:
-            self._open_readers(job)
-        if alive and adopt is not None:
-            adopt(job)
-            return None
-        if row.boot_id == self._boot_id:
-            job.note(
-                "whoever watched this job died before it ended; its exit status is unknown, and its wall time ends "
-                "when it was found to have ended"
-            )
-        else:
-            job.note("the node rebooted while this job ran; totals and wall time are those stored last")
-        return self.finish(job, Ending())
+                job.cgroups.kill(0.0)
+                self.dismantle(job)
+            except AcctdError:
+                continue  # said when it failed first
+            self.leftovers.remove(job)
 
     # Parts
-
-    def _lives(self, job: Job) -> bool:
-        """Whether processes of the job are left; after a reboot those of its cgroup's name are not its own."""
-        return job.row.boot_id == self._boot_id and bool(job.cgroups.living())
 
     def _backend(self, wanted: str, pools: Pools) -> Chains:
         """The back end of a name, or the one that "auto" leads to, for these pools; made once."""
@@ -320,29 +309,27 @@ class Agent:
             self._chains[wanted, pools] = self._chains.setdefault((chosen.name, pools), chosen)
         return self._chains[wanted, pools]
 
-    def _chains_of(self, place: Place) -> Chains:
-        return self._backend(place.backend or "", _pools(place))
-
     def netns(self, job: Job) -> Path:
         """Where the job's network namespace has its name."""
         return self.config.runtime_dir / "netns" / job.spec.id
 
-    def _plan(self, job: Job) -> ChainPlan | None:
-        if job.lease is None:
-            return None
-        ipv6 = job.lease.inner6 is not None
-        return ChainPlan(chain_name(job.spec.id), job.lease.ifname, job.spec.classes, ipv6, tuple(job.lease.inner))
-
     def _lay_pipe(self, job: Job) -> None:
-        plan = self._plan(job)
-        if job.lease is None or plan is None or job.row.place.backend is None:
+        chains = self.chains_of(job)
+        if job.lease is None or job.plan is None or job.pools is None or chains is None:
             raise AcctdError(f"job {job.spec.id} has no lease")
         host.enable_forwarding(ipv6=job.lease.inner6 is not None)
         # The chain first: no packet of the job can pass uncounted.
         with self._network_lock():
-            host.keep_in(_pools(job.row.place))
-            self._chains_of(job.row.place).add(plan)
+            host.keep_in(job.pools)
+            chains.add(job.plan)
         job.namespace = pipe.make(self.netns(job), job.lease)
+
+    def move_pipe(self, job: Job, pid: int, uid: int) -> None:
+        """Lead the job's pipe into the network namespace of a process of `uid`; raises as pipe.move does."""
+        namespace = pipe.move(self.netns(job), job.lease, pid=pid, uid=uid)
+        if job.namespace is not None:
+            os.close(job.namespace)
+        job.namespace = namespace
 
     def _refuse_what_is_taken(self, job: Job) -> None:
         """Raise InUseError for a name that is somebody else's, before anything of ours is made over it."""
@@ -356,7 +343,7 @@ class Agent:
                 f"network namespace {self.netns(job)} exists already; choose another id than {job.spec.id}"
             )
         beside = self.ledger.leases_beside(job.row)
-        if job.lease is not None and not beside and (taken := host.overlap(_pools(job.row.place))):
+        if job.lease is not None and not beside and job.pools and (taken := host.overlap(job.pools)):
             raise InUseError(f"network.pool4 or pool6 overlaps this host's own {taken}; choose another network")
         others = {place.pool4 for place in beside} - {job.row.place.pool4}
         if job.lease is not None and others:
@@ -365,28 +352,29 @@ class Agent:
                 "finish them first, or set it back"
             )
 
-    def _take_pipe(self, job: Job) -> None:
+    def take_pipe(self, job: Job) -> None:
+        """Remove the job's namespace and pipe; nothing of it can reach its chain any more. Nothing there is fine."""
         if job.namespace is not None:
             os.close(job.namespace)
             job.namespace = None
         pipe.remove(self.netns(job), job.lease.ifname if job.lease else None)
 
-    def _dismantle(self, job: Job) -> None:
+    def dismantle(self, job: Job) -> None:
         """After the record: chain, connections, cgroups, and last the lease."""
         job.close()
-        plan = self._plan(job)
-        if plan is not None and job.lease is not None and job.row.place.backend is not None:
+        if job.plan is not None and job.lease is not None and job.pools is not None and job.row.place.backend:
             # Connections first: closing a netfilter socket just after a chain's removal takes some 10 ms.
             conntrack.forget(job.lease.inner)
             with self._network_lock():
-                self._chains_of(job.row.place).remove(plan)
+                self._backend(job.row.place.backend, job.pools).remove(job.plan)
                 if not self.ledger.leases_beside(job.row):
-                    host.let_go(_pools(job.row.place))
+                    host.let_go(job.pools)
         if not job.cgroups.remove():
             raise KernelRefusedError(
-                f"its cgroups are still busy with {_listed(job.cgroups.living()) or 'exiting tasks'}"
+                f"its cgroups are still busy with {listed(job.cgroups.living()) or 'exiting tasks'}"
             )
         self.ledger.forget(job.row.seq)
+        self.held.pop(job.row.seq, None)
 
     def _network_lock(self) -> AbstractContextManager[None]:
         """One acctd at a time changes the shared parts of the ruleset. ExhaustedError if that takes too long."""
@@ -399,7 +387,8 @@ class Agent:
             arm_block_counters(self.layout, self.config.cgroup.base, new)
         self._armed = disks
 
-    def _open_readers(self, job: Job) -> None:
+    def open_readers(self, job: Job) -> None:
+        """Open what the job is read from."""
         directory = job.cgroups.directory
         if memory := directory("memory"):
             job.readers.append(MemoryReader(memory))
@@ -416,16 +405,17 @@ class Agent:
         if unified:
             job.readers.append(PressureReader(unified))
 
-    def _record(self, job: Job, ending: Ending) -> Record:
+    def record(self, job: Job, ending: Ending) -> Record:
+        """Its account as of the last reading."""
         row = job.row
         # After a reboot the clock it began on is gone; what it had been up to then was stored.
-        end = (ending.at or boottime()) if row.boot_id == self._boot_id else row.seen_ns
+        end = (ending.at or boottime()) if row.boot_id == self.boot_id else row.seen_ns
         return Record(
             id=row.spec.id,
             owner=row.spec.owner.name,
             uid=row.spec.owner.uid,
             node=socket.gethostname(),
-            state="lost" if ending.at is None else "done",
+            state="lost" if ending.exit_code is None and ending.exit_signal is None else "done",
             started=row.created,
             ended=time.time(),
             wall_ns=max(0, end - row.boot_ns),
@@ -434,9 +424,10 @@ class Agent:
             network=row.spec.network,
             limits=row.spec.limits,
             tags=dict(row.spec.tags),
-            totals=job.meter.published(),
+            totals=add(job.meter.published(), job.families),
             stacked=tuple(sorted(device for device, stacked in job.stacked.items() if stacked)),
             notes=tuple(job.notes),
+            parent=row.spec.parent,
         )
 
 
@@ -446,36 +437,35 @@ def with_default_classes(spec: JobSpec, config: Config) -> JobSpec:
     return replace(spec, classes=(*spec.classes, *(cls for cls in config.network.classes if cls.name not in own)))
 
 
-def _hold(row: OpenJob, layout: Layout) -> Job:
-    """What a row of the ledger stands for; nothing of it is opened yet."""
-    cgroups = JobCgroups(layout, row.place.base, f"job_{row.spec.id}")
-    lease = pool.lease(_pools(row.place), row.slot) if row.slot is not None else None
-    return Job(row, cgroups, lease, meter=Meter.restore(row.totals, row.kept))
+def _take_sample(job: Job, sample: Sample | None) -> None:
+    """Meter a chain's counts, unless they are not those of the chain that was read before: see Agent.mend()."""
+    if job.damage is not None:
+        return
+    if sample is None:
+        job.damage = "its chain was removed"
+    elif job.incarnation not in (None, sample.incarnation):
+        job.damage = "its chain was replaced"
+    elif job.counted_back(sample.counts):
+        job.damage = "its counters were set back"
+    else:
+        job.incarnation = sample.incarnation
+        job.feed_counts(sample.counts)
 
 
-def _find_stacked(job: Job, readings: Readings) -> None:
-    """Whether a device lies on another one, asked when it first shows up: a loop device may be gone at the end."""
-    for _, device in readings:
-        if device not in job.stacked:
-            job.stacked[device] = procs.lies_on_others(device)
+def _begin_anew(job: Job) -> str:
+    """Count on a chain that was just made; says what befell the old one."""
+    passed = rtnetlink.link_bytes(job.lease.ifname) if job.lease else None
+    sentence = f"{job.damage or 'its chain was cut off'} by another program and made anew; {_bound(job, passed)}"
+    sentence += " of the job so far are not counted"
+    job.meter.rebase(NETWORK)
+    job.damage = job.incarnation = None
+    job.note(sentence)
+    return sentence
 
 
-def _pools(place: Place) -> Pools:
-    return Pools(IPv4Network(place.pool4), IPv6Network(place.pool6) if place.pool6 else None)
-
-
-def _feed_counts(job: Job, counts: Counts) -> None:
-    readings: Readings = {}
-    for rule, count in counts.items():
-        readings[NETWORK_BYTES, rule] = count.bytes
-        readings[NETWORK_PACKETS, rule] = count.packets
-    job.meter.feed(readings)
-
-
-def boottime() -> int:
-    """ns since boot, suspension included; no step of the wall clock touches it."""
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-
-def _listed(pids: set[int]) -> str:
-    return ", ".join(map(str, sorted(pids)))
+def _bound(job: Job, passed: int | None) -> str:
+    """What can be missing at most, by what the pipe has passed in all; also what no rule counts is in that."""
+    if passed is None:
+        return "bytes since the last reading"
+    counted = sum(job.meter.now().get(NETWORK_NAMES[0], {}).values())
+    return f"at most {max(0, passed - counted)} bytes"

@@ -2,69 +2,36 @@
 
 One event loop and no thread but the kernel's own waits: a step of work is some milliseconds, a tick is cut into slices,
 and whoever asks in between is answered in between. Knows nothing of sockets and frames; server.py does. Who may do what
-is decided there too.
+is decided in methods.py.
 """
 
 import asyncio
 import logging
-import resource
-import time
-from collections import deque
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from typing import Any
 
-from acctd.agent import Agent, Ending, Job, boottime
-from acctd.errors import AcctdError, InUseError, NotFoundError
+import msgspec
+
+from acctd import family, tracking
+from acctd.agent import Agent
+from acctd.books import Books
+from acctd.cost import Cost
+from acctd.errors import AcctdError, InUseError, NotFoundError, UsageError
+from acctd.job import Ending, Job, boottime
 from acctd.kernel import procs
-from acctd.ledger import Place
+from acctd.ledger import Event, Rule, Terms
 from acctd.model import JobSpec, Record
-from acctd.network.backend import Sample
+from acctd.network.backend import Chains, Sample
+from acctd.recovery import recover
+from acctd.vigil import Vigil
 
 _SLICE = 20
-"""Jobs read before the loop may do something else: about 1 ms of work."""
+"""Jobs read before the loop may do something else: about 2 ms of work."""
 
 _EVENTS_WAITING = 1000  # per watcher; one that does not read misses the oldest
 
 log = logging.getLogger("acctd")
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened to a job, or to the agent itself."""
-
-    time: float  # s since the epoch, a label
-    job: str | None
-    event: str
-    text: str
-
-
-@dataclass(slots=True)
-class Cost:
-    """What the agent itself costs, since it started."""
-
-    ticks: int = 0
-    missed_ticks: int = 0  # due while one was still under way
-    errors: int = 0
-    last_tick: float = 0.0  # s
-    longest_tick: float = 0.0  # s
-    started: float = field(default_factory=time.monotonic)
-
-    def published(self, jobs: int) -> dict[str, float]:
-        """All of it as numbers; times in s, memory in bytes."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        return {
-            "ticks": self.ticks,
-            "missed_ticks": self.missed_ticks,
-            "errors": self.errors,
-            "last_tick_seconds": self.last_tick,
-            "longest_tick_seconds": self.longest_tick,
-            "uptime_seconds": time.monotonic() - self.started,
-            "cpu_seconds": usage.ru_utime + usage.ru_stime,
-            "resident_peak_bytes": usage.ru_maxrss * 1024,
-            "open_descriptors": procs.open_descriptors(),
-            "jobs": jobs,
-        }
 
 
 class Daemon:
@@ -72,32 +39,44 @@ class Daemon:
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
+        self.books = Books(agent)
         self.cost = Cost()
         self.jobs: dict[str, Job] = {}
-        self._busy: set[str] = set()  # being made or finished
+        self._busy: set[str] = set()  # being finished
         self._watchers: set[asyncio.Queue[Event]] = set()
-        self._recent: deque[Event] = deque(maxlen=_EVENTS_WAITING)
+        self._vigil = Vigil()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._ticking = False
+        self._told: set[str] = set()  # trouble that is told once, not each tick
 
     # Beginning and end
 
     def start(self) -> None:
-        """Take over what an earlier agent left: living jobs are held again, ended ones get their records."""
-        written = self.agent.recover(adopt=self._adopt)
-        for record in written:
-            self.tell(record.id, "finished", f"recovered; {record.state}")
-        self._report_trouble()
+        """Take over what an earlier agent left: living jobs are held again, ended ones get their records.
+
+        Call it inside the running event loop.
+        """
+        self._recover()
+        for job in self.jobs.values():
+            self._keep_watch(job)
+        self._mend(self.jobs.values())
 
     def stop(self) -> None:
         """Store all totals and let go; the jobs go on without us."""
+        self._vigil.close()
+        for task in self._tasks:
+            task.cancel()
         for job in self.jobs.values():
-            try:
-                self.agent.poll([job])
-                self.agent.store(job)
-            except AcctdError as e:
-                log.warning("job %s: %s", job.spec.id, e)
+            self._read(lambda job=job: self.agent.read_one(job), job)
+        self.books.store(self.jobs.values())
+        for job in self.jobs.values():
             job.close()
         self.jobs.clear()
+
+    def _recover(self) -> None:
+        for record in recover(self.agent, adopt=self._adopt):
+            self.tell(record.id, "finished", f"recovered; {record.state}; {' '.join(record.notes)}".rstrip("; "))
+        self._report_trouble()
 
     def _adopt(self, job: Job) -> None:
         self.jobs[job.spec.id] = job
@@ -105,14 +84,49 @@ class Daemon:
 
     # Jobs
 
-    def create(self, spec: JobSpec) -> Job:
-        """Make a job. Raises as Agent.create does."""
-        if spec.id in self.jobs:
+    def create(self, spec: JobSpec, terms: Terms | None = None) -> Job:
+        """Make a job; with spec.parent, a family inside that job. Raises as Agent.create does, and NotFoundError."""
+        parent = self.find(spec.parent) if spec.parent is not None else None
+        if spec.id in self.jobs or spec.id in self.books.unsigned:
             raise InUseError(f"job id {spec.id!r} is in use by a living job; choose another")
-        job = self.agent.create(spec)
+        if parent is not None and parent.spec.id in self._busy:
+            raise UsageError(f"parent {parent.spec.id!r} is being finished; it takes no family any more")
+        job = self.agent.create(spec, parent, terms)
+        try:
+            self.agent.ledger.made(job.row.seq)
+        except AcctdError:
+            self.agent.abandon(job)
+            raise
+        job.row = replace(job.row, phase="made")
         self.jobs[spec.id] = job
-        self.tell(spec.id, "created", f"for {spec.owner.name}, network {spec.network}")
+        self._keep_watch(job)
+        inside = f" inside {spec.parent}" if spec.parent is not None else ""
+        self.tell(spec.id, "created", f"for {spec.owner.name}{inside}, network {spec.network}")
         return job
+
+    def register(self, spec: JobSpec, pid: int, terms: Terms) -> Job:
+        """Take a running process and its descendants as a new family: both made and entered, or neither."""
+        job = self.create(spec, terms)
+        try:
+            self.attach(job, pid)
+            # Whoever is forked meanwhile by one that is not yet inside is found in the next round.
+            inside = job.cgroups.living()
+            while new := {other for other in procs.descendants(pid) if other not in inside}:
+                self._take_in(job, new)
+                inside |= new
+        except BaseException:
+            self._let_out(job)
+            raise
+        return job
+
+    def _let_out(self, job: Job) -> None:
+        """Undo a registration: its processes go where they may, and nothing of the family is left."""
+        parent = self.agent.held.get(job.row.parent) if job.row.parent is not None else None
+        if parent is not None:
+            job.cgroups.fold_into(parent.cgroups)
+        if not job.cgroups.living():
+            self._forget(job)
+            self.agent.abandon(job)
 
     def find(self, name: str) -> Job:
         """A job that is open. Raises NotFoundError."""
@@ -123,61 +137,216 @@ class Daemon:
 
     def attach(self, job: Job, pid: int) -> None:
         """Put a process into the job; the job runs from the first one on. Raises NotFoundError, KernelRefusedError."""
-        first = job.row.phase == "making"
+        first = job.row.phase == "made"
+        main = procs.identity(pid) if first else None
         if first:
-            self.agent.begin(job)
+            # Written on both sides: whoever dies between them leaves a job that may have run, and is billed.
+            self.books.write(lambda: self.agent.begin(job))
         job.cgroups.attach(pid)
         if first:
+            job.row = replace(job.row, phase="running", terms=replace(job.row.terms, main=main))
+            self.books.write(lambda: self.agent.ledger.set_terms(job.row.seq, job.row.terms))
+            self._keep_watch(job)
             self.tell(job.spec.id, "began", f"pid {pid}")
 
+    def track(self, job: Job, rule: Rule) -> set[int]:
+        """Take the processes that a rule names, now and at every tick; those found now."""
+        tracking.check(rule)
+        terms = replace(job.row.terms, rules=(*(r for r in job.row.terms.rules if r != rule), rule))
+        self.agent.ledger.set_terms(job.row.seq, terms)
+        job.row = replace(job.row, terms=terms)
+        return self._take_tracked(job)
+
+    def _take_tracked(self, job: Job) -> set[int]:
+        owner = job.spec.owner.uid
+        new = {
+            pid for pid in tracking.find(job.row.terms.rules, owner if owner != 0 else None) if self.job_of(pid) is None
+        }
+        if new:
+            self._take_in(job, new)
+        return new
+
+    def _take_in(self, job: Job, pids: Iterable[int]) -> None:
+        for pid in pids:
+            try:
+                self.attach(job, pid)
+            except NotFoundError:
+                continue  # it ended by itself
+
+    def network_of(self, job: Job) -> Job | None:
+        """The job whose network a job's processes are in: itself, or the nearest above that has one of its own."""
+        place: Job | None = job
+        while place is not None and place.spec.network == "parent":
+            place = self.agent.held.get(place.row.parent) if place.row.parent is not None else None
+        return place
+
+    def move_pipe(self, job: Job, pid: int, uid: int) -> None:
+        """Lead the job's pipe into a process's network namespace. Raises UsageError where it is too late for that."""
+        if job.spec.network not in ("nat", "none"):
+            raise UsageError(f"job {job.spec.id!r} has no network of its own ({job.spec.network}) that could be moved")
+        if job.row.phase != "made" or job.row.terms.moved:
+            raise UsageError(f"job {job.spec.id!r} runs already; its pipe can be moved once, before that")
+        self.agent.move_pipe(job, pid, uid)
+        job.row = replace(job.row, terms=replace(job.row.terms, moved=True))
+        self.agent.ledger.set_terms(job.row.seq, job.row.terms)
+
+    def job_of(self, pid: int) -> Job | None:
+        """The job that a process is in; of nested ones the innermost."""
+        return family.innermost(self.jobs, procs.cgroups(pid))
+
     def usage(self, job: Job) -> dict[str, Any]:
-        """The job now, read this moment."""
-        self.agent.read_one(job)
+        """The job now, read this moment, with the families that have pipes of their own."""
+        for each in (job, *family.below(self.jobs, job)):
+            self.agent.read_one(each)
         return self.describe(job)
 
     def describe(self, job: Job) -> dict[str, Any]:
         """The job as of its last reading. Totals by metric and label."""
         row = job.row
         return {
+            **self.sketch(job),
+            "limits": msgspec.to_builtins(row.spec.limits),
+            "tags": dict(row.spec.tags),
+            "notes": list(job.notes),
+            "totals": family.totals(job, family.below(self.jobs, job)),
+        }
+
+    def sketch(self, job: Job) -> dict[str, Any]:
+        """What ps(1) would show of it anyway."""
+        row = job.row
+        return {
             "id": row.spec.id,
+            "parent": row.spec.parent,
             "owner": row.spec.owner.name,
             "uid": row.spec.owner.uid,
             "phase": row.phase,
             "network": row.spec.network,
             "started": row.created,
-            "wall_ns": boottime() - row.boot_ns,
-            "pids": sorted(job.cgroups.procs()),
-            "totals": job.meter.state()[0],
+            "wall_ns": (row.terms.main_ended_ns or boottime()) - row.boot_ns,
+            "pids": sorted(job.cgroups.members()),
+            "limits": {},
+            "tags": {},
+            "notes": [],
+            "totals": {},
         }
+
+    def interim(self, job: Job) -> Record:
+        """A record of the job so far, for showing; it is signed by nobody."""
+        record = self.agent.record(job, Ending(at=boottime()))
+        return replace(record, state="running", totals=family.totals(job, family.below(self.jobs, job)))
 
     async def kill(self, job: Job, timeout: float = 10.0) -> set[int]:
         """End every process of a job without holding up another; the pids that would not die within `timeout` s."""
-        deadline = time.monotonic() + timeout
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
         pause = 0.001
         while True:
             living = job.cgroups.kill(timeout=0.0)
-            if not living or time.monotonic() > deadline:
+            if not living or loop.time() > deadline:
                 return living
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.1)
 
     async def finish(self, job: Job, ending: Ending) -> Record:
-        """End, read for the last time, sign off, dismantle. Asked twice at a time, the second waits for the first."""
+        """End, read for the last time, sign off, dismantle; families inside it first.
+
+        Asked twice at a time, the second waits for the first.
+        """
         name = job.spec.id
         while name in self._busy:
             await asyncio.sleep(0.01)
         if self.jobs.get(name) is not job:
-            return self.agent.ledger.record(name)
+            return self.record(name)
         self._busy.add(name)
         try:
             await self.kill(job)
-            record = self.agent.finish(job, ending, patience=0.0)  # kill() has had it, without blocking others
-            del self.jobs[name]
+            for inner in family.below(self.jobs, job):
+                await self.finish(inner, Ending(at=inner.row.terms.main_ended_ns))
+            record = self._close(job, ending)
         finally:
             self._busy.discard(name)
-        self.tell(name, "finished", f"{record.state}, wall {record.wall_ns / 1e9:.3f} s")
+        return record
+
+    async def unregister(self, job: Job) -> Record:
+        """End a family and not its processes, which go on in its parent. UsageError where nothing could take them."""
+        parent = self.agent.held.get(job.row.parent) if job.row.parent is not None else None
+        if parent is None and (living := job.cgroups.living()):
+            raise UsageError(
+                f"job {job.spec.id!r} is in no other job that could take its {len(living)} processes; use finish"
+            )
+        for inner in family.below(self.jobs, job):
+            await self.unregister(inner)
+        if parent is not None:
+            job.cgroups.fold_into(parent.cgroups)
+        return await self.finish(job, Ending(at=boottime()))
+
+    def _close(self, job: Job, ending: Ending) -> Record:
+        ending = replace(ending, at=job.row.terms.main_ended_ns or ending.at)
+        record = self.agent.last_reading(job, ending, patience=0.0)  # kill() has had it, without blocking others
+        self._forget(job)
+        if self.books.sign_off(job, record):
+            self.tell(record.id, "finished", f"{record.state}, wall {record.wall_ns / 1e9:.3f} s")
+        else:
+            self.tell(record.id, "waiting", "finished, but its record cannot be written yet")
         self._report_trouble()
         return record
+
+    def _forget(self, job: Job) -> None:
+        self.jobs.pop(job.spec.id, None)
+        self._vigil.forget(job.spec.id)
+
+    def record(self, name: str) -> Record:
+        """The newest record of an id, also one that waits to be written. Raises NotFoundError."""
+        if name in self.books.unsigned:
+            return self.books.unsigned[name][1]
+        return self.agent.ledger.record(name)
+
+    # Who is watched
+
+    def _keep_watch(self, job: Job) -> None:
+        """Hear of the end of its main process and of its watcher, and read it as often as its starter asked for."""
+        name, terms = job.spec.id, job.row.terms
+        if terms.main is not None and terms.main_ended_ns is None:
+            self._vigil.watch(name, terms.main, lambda: self._main_ended(job))
+        if terms.watcher is not None:
+            self._vigil.watch(name, terms.watcher, lambda: self._spawn(self._watcher_ended(job)))
+        if terms.interval is not None and job.row.phase == "made":
+            self._spawn(self._read_often(job, terms.interval))
+
+    def _main_ended(self, job: Job) -> None:
+        if self.jobs.get(job.spec.id) is job:
+            job.row = replace(job.row, terms=replace(job.row.terms, main_ended_ns=boottime()))
+            self.books.write(lambda: self.agent.ledger.set_terms(job.row.seq, job.row.terms))
+            self.tell(job.spec.id, "ended", "its first process has ended")
+
+    async def _watcher_ended(self, job: Job) -> None:
+        """Nobody will finish it: its processes go to its parent, or it is finished once it has none."""
+        if self.jobs.get(job.spec.id) is not job:
+            return
+        self.tell(job.spec.id, "abandoned", "its watcher has ended")
+        if job.row.phase == "made" and not job.cgroups.living():
+            self._forget(job)
+            self.agent.abandon(job)
+        elif job.row.parent is not None:
+            await self.unregister(job)
+        elif not job.cgroups.living():
+            await self.finish(job, Ending(at=job.row.terms.main_ended_ns))
+
+    async def _read_often(self, job: Job, interval: float) -> None:
+        while self.jobs.get(job.spec.id) is job:
+            await asyncio.sleep(interval)
+            if self.jobs.get(job.spec.id) is job and job.spec.id not in self._busy:
+                self._read(lambda: self.agent.read_one(job), job)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._trouble(None, error)
 
     # Ticks
 
@@ -187,49 +356,77 @@ class Daemon:
             self.cost.missed_ticks += 1
             return 0.0
         self._ticking = True
-        began = time.monotonic()
         try:
-            await self._read_all()
+            with self.cost.measured():
+                await self._read_all()
+                await self._housekeeping()
         finally:
             self._ticking = False
-            self.cost.ticks += 1
-            self.cost.last_tick = time.monotonic() - began
-            self.cost.longest_tick = max(self.cost.longest_tick, self.cost.last_tick)
         return self.cost.last_tick
 
     async def _read_all(self) -> None:
-        jobs = [job for name, job in self.jobs.items() if name not in self._busy]
+        jobs = self._idle()
         dumps = await self._read_chains(jobs)
         for start in range(0, len(jobs), _SLICE):
-            for job in jobs[start : start + _SLICE]:
-                if self.jobs.get(job.spec.id) is job and job.spec.id not in self._busy:
-                    self._read_job(job, dumps)
+            part = [job for job in jobs[start : start + _SLICE] if self._is_idle(job)]
+            for job in part:
+                chains = self.agent.chains_of(job)
+                samples = dumps.get(chains) if chains is not None else None
+                self._read(lambda job=job, samples=samples: self.agent.take(job, samples), job)
+            self.books.store(part)
             await asyncio.sleep(0)
 
-    async def _read_chains(self, jobs: list[Job]) -> dict[Place, dict[str, Sample]]:
-        dumps: dict[Place, dict[str, Sample]] = {}
-        for place in {job.row.place for job in jobs if job.row.place.backend is not None}:
+    async def _read_chains(self, jobs: list[Job]) -> dict[Chains, dict[str, Sample]]:
+        dumps: dict[Chains, dict[str, Sample]] = {}
+        for chains in self.agent.backends(jobs):
             try:
-                dumps[place] = self.agent.read_chains(place)
-            except AcctdError as e:
+                dumps[chains] = chains.read()
+            except (AcctdError, OSError) as e:
                 self._trouble(None, e)
             await asyncio.sleep(0)
         return dumps
 
-    def _read_job(self, job: Job, dumps: dict[Place, dict[str, Sample]]) -> None:
+    async def _housekeeping(self) -> None:
+        """What a tick does beside reading: mend chains, take tracked processes, catch up, clear up."""
+        self._mend(self._idle())
+        for job in self._idle():
+            if job.row.terms.rules:
+                self._read(lambda job=job: self._take_tracked(job), job)
+            if job.row.parent is None and job.row.terms.watcher and not procs.is_alive(job.row.terms.watcher):
+                await self._watcher_ended(job)
+        for record in self.books.catch_up():
+            self.tell(record.id, "finished", f"{record.state}; its record could be written now")
+        self.agent.clear_up()
+        await asyncio.sleep(0)
+
+    def _mend(self, jobs: Iterable[Job]) -> None:
         try:
-            self.agent.take(job, dumps.get(job.row.place))
-            self.agent.store(job)
-        except AcctdError as e:
+            mended = self.agent.mend(jobs)
+        except (AcctdError, OSError) as e:
+            self._trouble(None, e)
+            return
+        self.books.store(job for job, _ in mended)
+        for job, sentence in mended:
+            self.tell(job.spec.id, "mended", sentence)
+
+    def _idle(self) -> list[Job]:
+        return [job for job in self.jobs.values() if self._is_idle(job)]
+
+    def _is_idle(self, job: Job) -> bool:
+        return self.jobs.get(job.spec.id) is job and job.spec.id not in self._busy
+
+    def _read(self, act: Any, job: Job) -> None:
+        try:
+            act()
+        except (AcctdError, OSError) as e:
             self._trouble(job.spec.id, e)
 
     # Events
 
     def tell(self, job: str | None, event: str, text: str) -> None:
-        """One line in the log, and one event to everyone who watches."""
+        """One line in the log, one row in the ledger, and one event to everyone who watches."""
         log.info("%s%s: %s", f"job {job} " if job else "", event, text)
-        news = Event(time.time(), job, event, text)
-        self._recent.append(news)
+        news = self.books.event(job, event, text)
         for queue in self._watchers:
             if queue.full():
                 queue.get_nowait()
@@ -245,9 +442,15 @@ class Daemon:
         finally:
             self._watchers.discard(queue)
 
-    def _trouble(self, job: str | None, error: AcctdError) -> None:
+    def _trouble(self, job: str | None, error: BaseException) -> None:
+        """Counted each time; told when it is new."""
         self.cost.errors += 1
-        self.tell(job, "trouble", str(error))
+        sentence = f"{job}: {error}"
+        if sentence not in self._told:
+            if len(self._told) > _EVENTS_WAITING:
+                self._told.clear()
+            self._told.add(sentence)
+            self.tell(job, "trouble", str(error))
 
     def _report_trouble(self) -> None:
         for sentence in self.agent.trouble:

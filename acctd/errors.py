@@ -41,6 +41,16 @@ class InUseError(AcctdError):
     exit_code = 73  # EX_CANTCREAT
 
 
+class LedgerError(AcctdError):
+    """The ledger cannot be read or written: a full disk, or a file that is no longer whole (`corrupt`)."""
+
+    exit_code = 74  # EX_IOERR
+
+    def __init__(self, message: str, *, corrupt: bool = False) -> None:
+        super().__init__(message)
+        self.corrupt = corrupt
+
+
 class ExhaustedError(AcctdError):
     """Nothing is free at the moment: no address in the pool. Trying later may help."""
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from acctd.agent import Job
 from acctd.errors import AcctdError, KernelRefusedError
+from acctd.job import Job
 
 _HELPER = Path(__file__).with_name("helper.py")
 

@@ -2,32 +2,44 @@
 
 Intent is written here before the kernel is changed. A record is signed off by a digest over itself and its predecessor,
 so that a changed one shows, and a missing one unless
-it is the newest. Stores and finds; decides nothing. Several acctd processes may have it open.
+it is the newest. Stores and finds; decides nothing, but passes an ended family's counts on to its parent in the same
+transaction as its record. Several acctd processes may have it open.
 """
 
 import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
-from acctd.errors import AcctdError, ConfigError, ExhaustedError, InUseError, NotFoundError, NotPermittedError
-from acctd.meter import State
+from acctd.errors import (
+    AcctdError,
+    ConfigError,
+    ExhaustedError,
+    InUseError,
+    LedgerError,
+    NotFoundError,
+    NotPermittedError,
+)
+from acctd.meter import Meter, State, Stored, add
 from acctd.model import JobSpec, Limits, Owner, Record, chain_name, parse_class
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "ledger.sqlite"
 """The ledger's name in state_dir."""
 
-Phase = Literal["making", "running", "closed"]
-"""making: kernel objects may be half there. running: all there, the command has been started. closed: record written,
-objects not yet all removed."""
+EVENTS_KEPT = 100_000
+"""Older events go: some 20 MB, and months on an ordinary node."""
+
+Phase = Literal["making", "made", "running", "closed"]
+"""making: kernel objects may be half there. made: all there, and the agent waits for somebody to enter. running: the
+command has been started. closed: record written, objects not yet all removed."""
 
 _TABLES = """
 CREATE TABLE job (
@@ -43,8 +55,9 @@ CREATE TABLE job (
     boot_ns INTEGER NOT NULL,      -- CLOCK_BOOTTIME when the command started, before that when the job was made
     seen_ns INTEGER NOT NULL,      -- CLOCK_BOOTTIME when the totals were stored last
     keeper TEXT NOT NULL,          -- who watches the job: pid and start time
-    totals BLOB NOT NULL,
-    kept BLOB NOT NULL
+    account BLOB NOT NULL,         -- JSON of Account
+    parent INTEGER,                -- seq of the job that this family is inside of
+    terms BLOB NOT NULL            -- JSON of Terms
 );
 CREATE TABLE record (
     number INTEGER PRIMARY KEY,    -- in the order of signing
@@ -56,11 +69,19 @@ CREATE TABLE record (
     digest TEXT NOT NULL           -- SHA-256 of the previous digest and the body
 );
 CREATE INDEX record_id ON record (id);
+CREATE TABLE event (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    time REAL NOT NULL,            -- s since the epoch, a label
+    job TEXT,                      -- NULL: the agent itself
+    event TEXT NOT NULL,
+    text TEXT NOT NULL
+);
+CREATE INDEX event_job ON event (job);
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
-_COLUMNS = "phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, totals, kept"
+_COLUMNS = "phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, account, parent, terms"
 """What a row of the table job says of an OpenJob beside its seq, in the order of the fields."""
 
 
@@ -72,6 +93,49 @@ class Place:
     backend: str | None = None  # which netfilter back end made the chain, None without a pipe
     pool4: str = ""  # networks in which the slot's addresses lie
     pool6: str = ""  # "" without IPv6
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which processes a job takes beside those put into it: one of the three."""
+
+    environment: str | None = None  # NAME=VALUE
+    login: str | None = None
+    group: int | None = None  # a supplementary group's gid
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms the agent holds a job; condor_procd's words. Processes are named by procs.identity."""
+
+    watcher: str | None = None  # the job is given up when this process ends
+    interval: float | None = None  # s; read at least so often
+    rules: tuple[Rule, ...] = ()
+    main: str | None = None  # the first process of the job, whose end is the job's
+    main_ended_ns: int | None = None  # CLOCK_BOOTTIME when that was seen
+    moved: bool = False  # the pipe leads into a namespace of the owner's own, see pipe.move
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What is known of a job's use so far."""
+
+    meter: Stored = field(default_factory=Stored)
+    incarnation: str | None = None  # of its chain, as of the last reading
+    notes: tuple[str, ...] = ()
+    stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
+    families: State = field(default_factory=dict)  # what ended families inside it counted on chains of their own
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a job, or to the agent itself where job is None."""
+
+    number: int
+    time: float  # s since the epoch, a label
+    job: str | None
+    event: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +152,9 @@ class OpenJob:
     boot_ns: int
     seen_ns: int
     keeper: str
-    totals: State = field(default_factory=dict)
-    kept: State = field(default_factory=dict)
+    account: Account = field(default_factory=Account)
+    parent: int | None = None
+    terms: Terms = field(default_factory=Terms)
 
 
 class Ledger:
@@ -112,36 +177,64 @@ class Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the file back."""
         self._db.close()
 
+    def check(self) -> None:
+        """Read the whole file. Raises LedgerError if it is corrupt."""
+        if (found := self._rows("PRAGMA quick_check(1)")) != [("ok",)]:
+            raise LedgerError(f"ledger {self.path} is corrupt ({found[0][0]})", corrupt=True)
+
     def open_job(
-        self, spec: JobSpec, place: Place, *, slots: range | None, boot_id: str, boot_ns: int, keeper: str
+        self,
+        spec: JobSpec,
+        place: Place,
+        *,
+        slots: range | None,
+        boot_id: str,
+        boot_ns: int,
+        keeper: str,
+        parent: int | None = None,
+        terms: Terms | None = None,
     ) -> OpenJob:
         """Write the intent to make a job and lease it a slot, in one transaction.
 
         Slots are handed out in turn, not the lowest free one: a stray packet for a finished job finds nobody. Raises
         InUseError for an id that is open, ExhaustedError where no slot is free.
         """
-        now = time.time()
-        with self._writing() as db:
+        with self._writing():
             slot = self._free_slot(slots) if slots is not None else None
-            try:
-                cursor = db.execute(
-                    f"INSERT INTO job (id, chain, {_COLUMNS}) "  # noqa: S608  # our own column names
-                    "VALUES (?, ?, 'making', ?, ?, ?, ?, ?, ?, ?, ?, x'7b7d', x'7b7d')",
-                    (
-                        *(spec.id, chain_name(spec.id)),
-                        *(slot, msgspec.json.encode(place), msgspec.json.encode(spec, enc_hook=str)),
-                        *(now, boot_id, boot_ns, boot_ns, keeper),
-                    ),
-                )
-            except sqlite3.IntegrityError as e:
-                if "job.id" not in str(e) and "job.chain" not in str(e):
-                    raise
-                raise InUseError(f"job id {spec.id!r} is in use by a living job; choose another") from None
-        return OpenJob(
-            cursor.lastrowid or 0, "making", slot, place, spec, now, boot_id, boot_ns, boot_ns, keeper
-        )  # fmt: skip
+            row = OpenJob(
+                *(0, "making", slot, place, spec, time.time(), boot_id, boot_ns, boot_ns, keeper),
+                parent=parent,
+                terms=terms or Terms(),
+            )
+            return replace(row, seq=self._insert(row))
+
+    def reinstate(self, row: OpenJob) -> OpenJob:
+        """Put a job back that this ledger does not know, under a new seq. Raises InUseError for an id that is open."""
+        with self._writing():
+            return replace(row, seq=self._insert(row))
+
+    def _insert(self, row: OpenJob) -> int:
+        body = (
+            *(row.phase, row.slot, msgspec.json.encode(row.place), msgspec.json.encode(row.spec, enc_hook=str)),
+            *(row.created, row.boot_id, row.boot_ns, row.seen_ns, row.keeper, msgspec.json.encode(row.account)),
+            *(row.parent, msgspec.json.encode(row.terms)),
+        )
+        try:
+            cursor = self._db.execute(
+                f"INSERT INTO job (id, chain, {_COLUMNS}) VALUES (?, ?{', ?' * len(body)})",  # noqa: S608  # our names
+                (row.spec.id, chain_name(row.spec.id), *body),
+            )
+        except sqlite3.IntegrityError as e:
+            if "job.id" not in str(e) and "job.chain" not in str(e):
+                raise
+            raise InUseError(f"job id {row.spec.id!r} is in use by a living job; choose another") from None
+        return cursor.lastrowid or 0
 
     def next_id(self) -> str:
         """An id nobody has had: r and a number that is never given twice."""
@@ -163,13 +256,23 @@ class Ledger:
         with self._writing() as db:
             db.execute("UPDATE job SET phase = 'running', boot_ns = ? WHERE seq = ?", (boot_ns, seq))
 
-    def store_totals(self, seq: int, totals: State, kept: State, seen_ns: int) -> None:
-        """Put totals away as of `seen_ns` (CLOCK_BOOTTIME)."""
+    def made(self, seq: int) -> None:
+        """All is made and waits for somebody to enter."""
         with self._writing() as db:
-            db.execute(
-                "UPDATE job SET totals = ?, kept = ?, seen_ns = ? WHERE seq = ?",
-                (msgspec.json.encode(totals), msgspec.json.encode(kept), seen_ns, seq),
+            db.execute("UPDATE job SET phase = 'made' WHERE seq = ?", (seq,))
+
+    def store(self, accounts: Iterable[tuple[int, Account]], seen_ns: int) -> None:
+        """Put the accounts of some jobs (by seq) away as of `seen_ns` (CLOCK_BOOTTIME)."""
+        with self._writing() as db:
+            db.executemany(
+                "UPDATE job SET account = ?, seen_ns = ? WHERE seq = ?",
+                [(msgspec.json.encode(account), seen_ns, seq) for seq, account in accounts],
             )
+
+    def set_terms(self, seq: int, terms: Terms) -> None:
+        """On what other terms a job is held from now on."""
+        with self._writing() as db:
+            db.execute("UPDATE job SET terms = ? WHERE seq = ?", (msgspec.json.encode(terms), seq))
 
     def claim(self, job: OpenJob, keeper: str) -> OpenJob | None:
         """Take over a job whose keeper is dead: its row as it is now, or None if somebody else was first."""
@@ -179,8 +282,12 @@ class Ledger:
             ).rowcount
         return self._open_jobs("WHERE seq = ?", job.seq)[0] if changed == 1 else None
 
-    def sign_off(self, seq: int, record: Record) -> None:
-        """Commit the final record, once and on stable storage, and mark the job closed."""
+    def sign_off(self, seq: int, record: Record, *, elsewhere: State | None = None, lost: State | None = None) -> None:
+        """Commit the final record, once and on stable storage, and mark the job closed.
+
+        A family's parent is told in the same transaction of what its own counters never had (`elsewhere`) and of what
+        they are going to lose (`lost`).
+        """
         body = msgspec.json.encode(record)
         self._db.execute("PRAGMA synchronous = FULL")
         try:
@@ -191,8 +298,41 @@ class Ledger:
                     (seq, record.id, record.owner, record.ended, body, _digest(last[0] if last else "", body)),
                 )
                 db.execute("UPDATE job SET phase = 'closed' WHERE seq = ?", (seq,))
+                if elsewhere or lost:
+                    self._pass_on(seq, elsewhere or {}, lost or {})
         finally:
             self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def _pass_on(self, seq: int, elsewhere: State, lost: State) -> None:
+        row = self._row("SELECT p.seq, p.account FROM job p JOIN job j ON p.seq = j.parent WHERE j.seq = ?", seq)
+        if row is not None:
+            account = msgspec.json.decode(row[1], type=Account)
+            meter = Meter.restore(account.meter)
+            meter.expect_loss(lost)
+            families = add(account.families, elsewhere)
+            body = msgspec.json.encode(replace(account, meter=meter.stored(), families=families))
+            self._db.execute("UPDATE job SET account = ? WHERE seq = ?", (body, row[0]))
+
+    def add_event(self, job: str | None, event: str, text: str) -> Event:
+        """Keep an event; gives it with its number and time."""
+        now = time.time()
+        with self._writing() as db:
+            number = db.execute(
+                "INSERT INTO event (time, job, event, text) VALUES (?, ?, ?, ?)", (now, job, event, text)
+            ).lastrowid
+            if number and number % 1000 == 0:
+                db.execute("DELETE FROM event WHERE number <= ?", (number - EVENTS_KEPT,))
+        return Event(number or 0, now, job, event, text)
+
+    def events(self, *, since: int = 0, job: str | None = None, limit: int = 1000) -> list[Event]:
+        """The newest events after a number, oldest first; of one job where one is named."""
+        which, values = ("AND job = ?", (job,)) if job is not None else ("", ())
+        rows = self._rows(
+            f"SELECT number, time, job, event, text FROM event WHERE number > ? {which} "  # noqa: S608  # our own words
+            "ORDER BY number DESC LIMIT ?",
+            *(since, *values, limit),
+        )
+        return [Event(*row) for row in reversed(rows)]
 
     def forget(self, seq: int) -> None:
         """Everything of the job is gone from the kernel: give its id and its lease back."""
@@ -204,17 +344,7 @@ class Ledger:
 
     def _open_jobs(self, clause: str, *values: object) -> list[OpenJob]:
         rows = self._rows(f"SELECT seq, {_COLUMNS} FROM job {clause}", *values)  # noqa: S608  # our own words
-        return [
-            OpenJob(
-                *(seq, phase, slot),
-                msgspec.json.decode(place, type=Place),
-                _spec(spec),
-                *(created, boot_id, boot_ns, seen_ns, keeper),
-                msgspec.json.decode(totals, type=State),
-                msgspec.json.decode(kept, type=State),
-            )
-            for seq, phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, totals, kept in rows
-        ]
+        return [_open_job(*row) for row in rows]
 
     def leases_beside(self, job: OpenJob) -> list[Place]:
         """Where the other open jobs have their leases."""
@@ -264,6 +394,10 @@ class Ledger:
                 raise ConfigError(
                     f"{self.path} has schema {version} and this acctd knows {SCHEMA}; use the newer acctd that wrote it"
                 )
+            if 0 < version < SCHEMA:
+                raise ConfigError(
+                    f"{self.path} has schema {version}, of an acctd before its first release; move the file away"
+                )
             if version == 0:
                 for statement in _TABLES.split(";\n"):
                     db.execute(statement)
@@ -295,9 +429,35 @@ class Ledger:
         return rows[0] if rows else None
 
 
-def _spec(body: bytes) -> JobSpec:
-    """The JobSpec that open_job encoded; networks were written as text."""
-    raw = msgspec.json.decode(body)
+def encode_row(row: OpenJob) -> bytes:
+    """A row in one piece, for a place outside the ledger."""
+    return msgspec.json.encode(row, enc_hook=str)
+
+
+def decode_row(text: bytes) -> OpenJob:
+    """The reverse. Raises MsgspecError, KeyError, TypeError or UsageError for what encode_row did not write."""
+    raw = msgspec.json.decode(text)
+    kinds: dict[str, Any] = {"place": Place, "account": Account, "terms": Terms}
+    return OpenJob(
+        **{name: msgspec.convert(value, kinds[name]) for name, value in raw.items() if name in kinds},
+        **{name: value for name, value in raw.items() if name not in kinds and name != "spec"},
+        spec=_spec(raw["spec"]),
+    )
+
+
+def _open_job(
+    seq: int, phase: Phase, slot: int | None, place: bytes, spec: bytes, created: float, boot_id: str, boot_ns: int,
+    seen_ns: int, keeper: str, account: bytes, parent: int | None, terms: bytes,
+) -> OpenJob:  # fmt: skip
+    return OpenJob(
+        *(seq, phase, slot, msgspec.json.decode(place, type=Place), _spec(msgspec.json.decode(spec))),
+        *(created, boot_id, boot_ns, seen_ns, keeper, msgspec.json.decode(account, type=Account), parent),
+        terms=msgspec.json.decode(terms, type=Terms),
+    )
+
+
+def _spec(raw: dict[str, Any]) -> JobSpec:
+    """A JobSpec whose networks were written as text."""
     return JobSpec(
         id=raw["id"],
         owner=Owner(**raw["owner"]),
@@ -305,6 +465,7 @@ def _spec(body: bytes) -> JobSpec:
         network=raw["network"],
         classes=tuple(parse_class(cls["name"], cls["networks"]) for cls in raw["classes"]),
         tags=raw["tags"],
+        parent=raw.get("parent"),
     )
 
 
@@ -312,7 +473,19 @@ def _digest(previous: str, body: bytes) -> str:
     return hashlib.sha256(previous.encode() + body).hexdigest()
 
 
+def move_aside(path: Path) -> Path:
+    """Rename a ledger that is of no use any more, with all that SQLite keeps beside it; its new name."""
+    aside = path.with_name(f"{path.name}.corrupt-{time.time_ns()}")
+    for suffix in ("", "-wal", "-shm"):
+        if os.path.exists(f"{path}{suffix}"):
+            os.rename(f"{path}{suffix}", f"{aside}{suffix}")
+    return aside
+
+
 def _trouble(path: Path, error: Exception) -> AcctdError:
-    if isinstance(error, PermissionError) or "readonly" in str(error) or "unable to open" in str(error):
+    text = str(error)
+    if isinstance(error, PermissionError) or "readonly" in text or "unable to open" in text:
         return NotPermittedError(f"cannot open the ledger {path}: {error}; run as root or set state_dir")
-    return AcctdError(f"ledger {path}: {error}; see that the disk is not full and the file is whole")
+    if isinstance(error, sqlite3.DatabaseError) and any(word in text for word in ("malformed", "not a database")):
+        return LedgerError(f"ledger {path} is corrupt ({error}); acctd serve moves it aside", corrupt=True)
+    return LedgerError(f"ledger {path} cannot be used now ({error}); see that the disk is not full")

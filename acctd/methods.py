@@ -1,42 +1,28 @@
 """The calls a peer can make: what each takes, who may make it, and what it answers. Sockets and frames are server.py's.
 
-Root may do all; a user may act on own jobs. A parameter that is not as declared is refused by its name before anything
-happens.
+Root may do all; a user may act on own jobs, and a process inside a job on that one and those inside it. A parameter that is not as declared is refused by its name before anything happens.
 """
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import msgspec
 
-from acctd import accounts
-from acctd.agent import Ending, Job, with_default_classes
+from acctd import accounts, family
+from acctd.agent import with_default_classes
+from acctd.caller import Caller
 from acctd.daemon import Daemon
 from acctd.errors import NotFoundError, NotPermittedError, UsageError
+from acctd.job import Ending, Job
 from acctd.kernel import procs
-from acctd.model import JobSpec, Limits, NetworkMode, parse_class
+from acctd.ledger import Event, Rule, Terms
+from acctd.model import JobSpec, Limits, NetworkMode, Record, parse_class
 from exporters.classad import format_ad, record_ad
 
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """The process at the other end, as the kernel knows it."""
-
-    pid: int
-    uid: int
-    gid: int
-
-    def must_own(self, job: Job) -> None:
-        """Raises NotPermittedError unless the job is the caller's, or the caller is root."""
-        if self.uid not in (0, job.spec.owner.uid):
-            raise NotPermittedError(f"job {job.spec.id!r} is not yours (uid {self.uid}); ask its owner or root")
-
-    def must_be_root(self, what: str) -> None:
-        """Raises NotPermittedError unless the caller is root."""
-        if self.uid != 0:
-            raise NotPermittedError(f"only root may {what} (you are uid {self.uid})")
+_EVENTS = 1000  # in one answer
+_INTERVAL = (0.1, 86400.0)  # s
 
 
 class _Create(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,6 +32,25 @@ class _Create(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     network: str | None = None
     classes: dict[str, list[str]] | None = None
     tags: dict[str, str] | None = None
+    parent: str | None = None
+    watcher: int | None = None
+    interval: float | None = None
+
+
+class _Register(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    job: str
+    pid: int | None = None
+    tags: dict[str, str] | None = None
+    parent: str | None = None
+    watcher: int | None = None
+    interval: float | None = None
+
+
+class _Track(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    job: str
+    environment: str | None = None
+    login: str | None = None
+    group: int | None = None
 
 
 class _OfJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,6 +73,12 @@ class _Finish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exit_signal: int | None = None
 
 
+class _Events(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    since: int | None = None
+    job: str | None = None
+    limit: int | None = None
+
+
 class _Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
@@ -84,7 +95,11 @@ class Methods:
         self._reload, self._leave = reload, leave
         self.table: dict[str, tuple[type[msgspec.Struct], Method]] = {
             "Create": (_Create, self._create),
+            "Register": (_Register, self._register),
+            "Track": (_Track, self._track),
+            "Unregister": (_OfJob, self._unregister),
             "Entry": (_OfJob, self._entry),
+            "MovePipe": (_OfJob, self._move_pipe),
             "Attach": (_Attach, self._attach),
             "Usage": (_OfJob, self._usage),
             "List": (_Nothing, self._list),
@@ -94,29 +109,70 @@ class Methods:
             "Kill": (_OfJob, self._kill),
             "Finish": (_Finish, self._finish),
             "Snapshot": (_Nothing, self._snapshot),
+            "Events": (_Events, self._events),
             "Cost": (_Nothing, self._cost),
             "Reload": (_Nothing, self._reload_call),
             "Quit": (_Nothing, self._quit),
         }
 
+    # Making and entering
+
     async def _create(self, caller: Caller, wanted: _Create) -> Answer:
-        caller.must_be_root("create a job")
         config = self._daemon.agent.config
+        owner = accounts.named(wanted.user).owner if wanted.user is not None else accounts.of(caller.uid, caller.gid)
+        if caller.uid not in (0, owner.uid):
+            raise NotPermittedError(f"only root may create a job for {owner.name} (you are uid {caller.uid})")
+        self._may_make(caller, wanted.parent)
+        network = _network(wanted.network or ("parent" if wanted.parent is not None else config.network.mode))
+        if wanted.parent is not None and network == "host":
+            raise UsageError('network "host" is not for a family inside a job; it is one of parent, nat, none')
         spec = JobSpec(
             id=wanted.job,
-            owner=accounts.named(wanted.user).owner if wanted.user is not None else accounts.of(caller.uid, caller.gid),
-            limits=_limits(config.limits, wanted.limits or {}),
-            network=_network(wanted.network or config.network.mode),
+            owner=owner,
+            limits=_limits(config.limits if wanted.parent is None else Limits(), wanted.limits or {}),
+            network=network,
             classes=tuple(parse_class(name, cidrs) for name, cidrs in (wanted.classes or {}).items()),
             tags=wanted.tags or {},
+            parent=wanted.parent,
         )
-        job = self._daemon.create(with_default_classes(spec, config))
+        terms = _terms(wanted.watcher, wanted.interval)
+        job = self._daemon.create(with_default_classes(spec, config), terms)
+        netns = self._netns(job)
         return {
             "job": spec.id,
-            "netns": str(self._daemon.agent.netns(job)) if job.spec.network != "host" else None,
+            "netns": netns,
             "address": str(job.lease.inner4) if job.lease else None,
             "cgroups": [str(directory.path) for _, directory in job.cgroups.all()],
         }
+
+    async def _register(self, caller: Caller, wanted: _Register) -> Answer:
+        pid = caller.pid if wanted.pid is None else wanted.pid
+        self._may_make(caller, wanted.parent)
+        parent = self._daemon.find(wanted.parent) if wanted.parent is not None else None
+        self._may_take(caller, pid, parent)
+        spec = JobSpec(
+            id=wanted.job,
+            owner=parent.spec.owner if parent else accounts.of(caller.uid, caller.gid),
+            network="parent" if parent else "host",
+            tags=wanted.tags or {},
+            parent=wanted.parent,
+        )
+        job = self._daemon.register(spec, pid, _terms(wanted.watcher, wanted.interval))
+        return {"job": spec.id, "cgroups": [str(directory.path) for _, directory in job.cgroups.all()]}
+
+    async def _track(self, caller: Caller, wanted: _Track) -> Answer:
+        job = self._own(caller, wanted.job)
+        if caller.uid != 0 and wanted.login is not None and accounts.named(wanted.login).owner.uid != caller.uid:
+            raise NotPermittedError(f"login {wanted.login!r} is not yours (uid {caller.uid}); name your own")
+        rule = Rule(wanted.environment, wanted.login, wanted.group)
+        return {"pids": sorted(self._daemon.track(job, rule))}
+
+    async def _unregister(self, caller: Caller, wanted: _OfJob) -> Answer:
+        try:
+            job = self._own(caller, wanted.job)
+        except NotFoundError:
+            return _signed(self._own_record(caller, wanted.job))
+        return _signed(await self._daemon.unregister(job))
 
     async def _entry(self, caller: Caller, wanted: _OfJob) -> Answer:
         job = self._own(caller, wanted.job)
@@ -125,28 +181,77 @@ class Methods:
             account = accounts.named(str(owner.uid))
         except NotFoundError:
             account = accounts.Account(owner, [owner.gid], {})
+        place = self._daemon.network_of(job)
         return {
-            "netns": str(self._daemon.agent.netns(job)) if job.spec.network != "host" else None,
+            "netns": self._netns(place) if place else None,
             "uid": owner.uid,
             "gid": owner.gid,
             "groups": account.groups,
             "environment": account.environment,
+            "userns": min(place.cgroups.members(), default=None) if place and place.row.terms.moved else None,
         }
+
+    async def _move_pipe(self, caller: Caller, wanted: _OfJob) -> Answer:
+        self._daemon.move_pipe(self._own(caller, wanted.job), caller.pid, caller.uid)
+        return {}
 
     async def _attach(self, caller: Caller, wanted: _Attach) -> Answer:
         job = self._own(caller, wanted.job)
         pid = caller.pid if wanted.pid is None else wanted.pid
-        if caller.uid != 0 and procs.owner(pid) != caller.uid:
-            raise NotPermittedError(f"pid {pid} is not yours (uid {caller.uid}); name one of your own")
+        self._may_take(caller, pid, job)
         self._daemon.attach(job, pid)
         return {}
 
+    # Reading
+
     async def _usage(self, caller: Caller, wanted: _OfJob) -> Answer:
-        return {"job": self._daemon.usage(self._own(caller, wanted.job))}
+        job = self._daemon.find(wanted.job)
+        caller.must_own(job)
+        usage = self._daemon.usage(job)
+        return {"job": usage, "classad": format_ad(record_ad(self._daemon.interim(job)))}
 
     async def _list(self, caller: Caller, _: _Nothing) -> Answer:
-        jobs = self._daemon.jobs.values()
-        return {"jobs": [self._daemon.describe(job) for job in jobs if caller.uid in (0, job.spec.owner.uid)]}
+        shown = []
+        others = self._daemon.agent.config.access.others == "ps"
+        for number, job in enumerate(list(self._daemon.jobs.values())):
+            if caller.owns(job):
+                shown.append(self._daemon.describe(job))
+            elif others:
+                shown.append(self._daemon.sketch(job))
+            if number % 20 == 19:
+                await asyncio.sleep(0)
+        return {"jobs": shown}
+
+    async def _events(self, caller: Caller, wanted: _Events) -> Answer:
+        limit = _EVENTS if wanted.limit is None else wanted.limit
+        if not 1 <= limit <= _EVENTS:
+            raise UsageError(f"limit {limit} is out of range; it takes 1 to {_EVENTS}")
+        events = self._daemon.agent.ledger.events(since=wanted.since or 0, job=wanted.job, limit=limit)
+        may: dict[str | None, bool] = {}
+        for event in events:
+            if event.job not in may:
+                may[event.job] = self.may_see(caller, event)
+        return {"events": [msgspec.to_builtins(event) for event in events if may[event.job]]}
+
+    def may_see(self, caller: Caller, event: Event) -> bool:
+        """Whether an event is about a job of the caller's."""
+        if caller.uid == 0 or event.job is None:
+            return caller.uid == 0
+        if (job := self._daemon.jobs.get(event.job)) is not None:
+            return caller.owns(job)
+        try:
+            return self._daemon.record(event.job).uid == caller.uid
+        except NotFoundError:
+            return False
+
+    async def _snapshot(self, caller: Caller, _: _Nothing) -> Answer:
+        caller.must_be_root("have all jobs read")
+        return {"seconds": await self._daemon.tick()}
+
+    async def _cost(self, _caller: Caller, _: _Nothing) -> Answer:
+        return {"cost": self._daemon.cost.published(len(self._daemon.jobs))}
+
+    # Acting
 
     async def _signal(self, caller: Caller, wanted: _Signal) -> Answer:
         job = self._own(caller, wanted.job)
@@ -170,22 +275,12 @@ class Methods:
         return {"survivors": sorted(survivors)}
 
     async def _finish(self, caller: Caller, wanted: _Finish) -> Answer:
+        ending = _ending(wanted)
         try:
             job = self._own(caller, wanted.job)
         except NotFoundError:
-            record = self._daemon.agent.ledger.record(wanted.job)
-            if caller.uid not in (0, record.uid):
-                raise NotPermittedError(f"job {wanted.job!r} is not yours (uid {caller.uid}); ask its owner") from None
-        else:
-            record = await self._daemon.finish(job, _ending(wanted))
-        return {"record": msgspec.to_builtins(record), "classad": format_ad(record_ad(record))}
-
-    async def _snapshot(self, caller: Caller, _: _Nothing) -> Answer:
-        caller.must_be_root("have all jobs read")
-        return {"seconds": await self._daemon.tick()}
-
-    async def _cost(self, _caller: Caller, _: _Nothing) -> Answer:
-        return {"cost": self._daemon.cost.published(len(self._daemon.jobs))}
+            return _signed(self._own_record(caller, wanted.job))
+        return _signed(await self._daemon.finish(job, ending))
 
     async def _reload_call(self, caller: Caller, _: _Nothing) -> Answer:
         caller.must_be_root("reload the configuration")
@@ -197,14 +292,82 @@ class Methods:
         asyncio.get_running_loop().call_soon(self._leave)
         return {}
 
+    # Who may
+
     def _own(self, caller: Caller, name: str) -> Job:
+        """A job that the caller may act on: its own, and if it is inside a job itself, that one or one inside it."""
         job = self._daemon.find(name)
         caller.must_own(job)
+        self._must_stay_inside(caller, job)
         return job
 
-    def may_see(self, caller: Caller, name: str | None) -> bool:
-        job = self._daemon.jobs.get(name) if name else None
-        return caller.uid == 0 or (job is not None and job.spec.owner.uid == caller.uid)
+    def _own_record(self, caller: Caller, name: str) -> Record:
+        record = self._daemon.record(name)
+        if caller.uid not in (0, record.uid):
+            raise NotPermittedError(f"job {name!r} is not yours (uid {caller.uid}); ask its owner or root")
+        return record
+
+    def _must_stay_inside(self, caller: Caller, job: Job | None) -> None:
+        own = self._daemon.job_of(caller.pid)
+        if own is not None and (job is None or not family.is_inside(job, own)):
+            what = f"job {job.spec.id!r} lies outside it" if job else "a new job would lie outside it"
+            raise NotPermittedError(f"you are inside job {own.spec.id!r} and {what}; name it or a family inside it")
+
+    def _may_make(self, caller: Caller, parent: str | None) -> None:
+        """Whether the caller may make a job: inside one of its own, or anywhere if the configuration lets it."""
+        if parent is not None:
+            self._own(caller, parent)
+        else:
+            self._must_stay_inside(caller, None)
+        if caller.uid == 0:
+            return
+        access = self._daemon.agent.config.access
+        if parent is None and not access.may_create(*caller.names()):
+            raise NotPermittedError(
+                f"uid {caller.uid} may not create jobs here; ask root to name it in access.create, or name a parent"
+            )
+        open_jobs = sum(caller.owns(job) for job in self._daemon.jobs.values())
+        if open_jobs >= access.jobs_per_user:
+            raise NotPermittedError(
+                f"uid {caller.uid} has {open_jobs} open jobs, and access.jobs_per_user is {access.jobs_per_user}; "
+                "finish some first"
+            )
+
+    def _may_take(self, caller: Caller, pid: int, job: Job | None) -> None:
+        """Whether the caller may put a process into a job (None: into one at the top)."""
+        if pid <= 1 or pid == os.getpid():
+            raise UsageError(f"pid {pid} is no process that a job can have; name another")
+        uid = procs.owner(pid)
+        if uid is None:
+            raise NotFoundError(f"pid {pid} does not exist; name a living process")
+        if caller.uid == 0 and self._daemon.job_of(caller.pid) is None:
+            return
+        if caller.uid not in (0, uid):
+            raise NotPermittedError(f"pid {pid} is not yours (uid {caller.uid}); name one of your own")
+        now = self._daemon.job_of(pid)
+        if now is not None and (job is None or not family.is_inside(job, now)):
+            raise NotPermittedError(f"pid {pid} is in job {now.spec.id!r} already; only root may take it out of there")
+        own = self._daemon.job_of(caller.pid)
+        if own is not None and (now is None or not family.is_inside(now, own)):
+            raise NotPermittedError(f"pid {pid} is not inside job {own.spec.id!r} as you are; name one that is")
+
+    def _netns(self, job: Job) -> str | None:
+        return str(self._daemon.agent.netns(job)) if job.spec.network in ("nat", "none") else None
+
+
+def _signed(record: Record) -> Answer:
+    return {"record": msgspec.to_builtins(record), "classad": format_ad(record_ad(record))}
+
+
+def _terms(watcher: int | None, interval: float | None) -> Terms:
+    if interval is not None and not _INTERVAL[0] <= interval <= _INTERVAL[1]:
+        raise UsageError(f"interval {interval} is out of range; it takes {_INTERVAL[0]} to {_INTERVAL[1]} seconds")
+    if watcher is None:
+        return Terms(interval=interval)
+    identity = procs.identity(watcher)
+    if watcher <= 0 or not procs.is_alive(identity):
+        raise NotFoundError(f"watcher {watcher} does not exist; name a living process")
+    return Terms(watcher=identity, interval=interval)
 
 
 def _limits(defaults: Limits, wanted: dict[str, Any]) -> Limits:
@@ -226,6 +389,9 @@ def _network(mode: str) -> NetworkMode:
 
 
 def _ending(wanted: _Finish) -> Ending:
-    if wanted.exit_signal is not None:
+    for name, value, high in (("exit_code", wanted.exit_code, 255), ("exit_signal", wanted.exit_signal, 64)):
+        if value is not None and not 0 <= value <= high:
+            raise UsageError(f"{name} {value} is out of range; it takes 0 to {high}")
+    if wanted.exit_signal:
         return Ending.now(-wanted.exit_signal)
     return Ending.now(wanted.exit_code) if wanted.exit_code is not None else Ending()

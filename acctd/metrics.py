@@ -97,6 +97,7 @@ BLOCK_WRITE_BYTES = Metric(
 BLOCK_READS = Metric("block_reads", "operations", "counter", "reads from a device", classad="BlockReads")
 BLOCK_WRITES = Metric("block_writes", "operations", "counter", "writes to a device", classad="BlockWrites")
 BLOCK_DISCARD_BYTES = Metric("block_discard", "bytes", "counter", "bytes discarded on a device")
+BLOCK = (BLOCK_READ_BYTES, BLOCK_WRITE_BYTES, BLOCK_READS, BLOCK_WRITES, BLOCK_DISCARD_BYTES)
 
 # Processes. Kernel docs: admin-guide/cgroup-v1/pids.rst.
 PIDS_PEAK = Metric("pids_peak", "tasks", "peak", "highest number of processes and threads", classad="NumPids")

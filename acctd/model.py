@@ -14,7 +14,9 @@ from typing import Literal
 from acctd.errors import UsageError
 
 Network = IPv4Network | IPv6Network
-NetworkMode = Literal["nat", "host", "none"]
+OwnNetwork = Literal["nat", "host", "none"]
+NetworkMode = Literal["nat", "host", "none", "parent"]
+"""parent: a family's processes stay in the network of the job they are in, and are counted there alone."""
 
 REMAINDER = "External"
 """The class of every destination that no configured class contains."""
@@ -90,9 +92,12 @@ class JobSpec:
     network: NetworkMode = "nat"
     classes: tuple[DestinationClass, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
+    parent: str | None = None  # the job that this family is inside of
 
     def __post_init__(self) -> None:
         check_job_id(self.id)
+        if self.network == "parent" and self.parent is None:
+            raise UsageError('network "parent" is for a family inside a job; name the job, or choose nat, host or none')
         check_classes(self.classes)
         folded: dict[str, str] = {}
         for key, value in self.tags.items():
@@ -109,7 +114,7 @@ class Record:
     owner: str
     uid: int
     node: str
-    state: Literal["done", "lost"]  # lost: whoever watched the job died, and the exit status is unknown; see notes
+    state: Literal["running", "done", "lost"]  # running: not final, only shown. lost: its exit status is unknown
     started: float  # s since the epoch
     ended: float  # s since the epoch
     wall_ns: int
@@ -121,6 +126,7 @@ class Record:
     totals: dict[str, dict[str, int]]  # metric name -> label ("" where there is only one) -> total
     stacked: tuple[str, ...] = ()  # devices in totals whose I/O is counted again under the device they lie on
     notes: tuple[str, ...] = ()  # what an admin must know about this account, one sentence each
+    parent: str | None = None  # the job whose totals include these
 
 
 def check_job_id(job: str) -> str:

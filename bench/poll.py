@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from acctd.agent import Job
+from acctd.job import Job
 from bench.report import machine, median, spread, table
 from bench.world import World, enough_descriptors
 

@@ -63,6 +63,8 @@ def record_ad(record: Record) -> dict[str, ClassAdValue]:
     ad = _Ad()
     ad.put("AcctdJobId", record.id)
     ad.put("AcctdState", record.state)
+    if record.parent is not None:
+        ad.put("AcctdParent", record.parent)
     ad.put("Owner", record.owner)
     ad.put("AcctdUid", record.uid)
     ad.put("Machine", record.node)

@@ -33,6 +33,10 @@ _V2_FILE = {
 }
 """A file that a v2 cgroup has once the controller works there."""
 
+_OWN = "own"
+"""On v2 a cgroup with controllers for its children may hold no processes: a job's live in this child of its directory,
+so that families find room beside it. man 7 cgroups, "no internal processes" rule."""
+
 _SENTINEL = "sentinel"
 _SENTINEL_BPS = 18446744073709551614
 """One below the kernel's "no rule": a limit no disk reaches, whose presence alone makes the counters count."""
@@ -63,11 +67,15 @@ class JobCgroups:
         """Descriptors and paths, one a hierarchy, by which the launched helper puts itself into the job."""
         with ExitStack() as opened:
             doors = {}
-            for _, directory in self.all():
-                fd = directory.open_procs()
+            for door in self._doors():
+                fd = door.open_procs()
                 opened.callback(os.close, fd)
-                doors[fd] = str(directory.path)
+                doors[fd] = str(door.path)
             yield doors
+
+    def _doors(self) -> list[CgroupDir]:
+        """Where its processes are put."""
+        return [_door(hierarchy, directory) for hierarchy, directory in self.all()]
 
     def create(self, limits: Limits) -> None:
         """Make, mark and limit all directories; on failure nothing of this job is left. InUseError if one exists."""
@@ -96,6 +104,11 @@ class JobCgroups:
             for cgroup in directory.subtree():
                 pids.update(cgroup.procs())
         return pids
+
+    def members(self) -> set[int]:
+        """Every pid in the job as one hierarchy tells it: for showing, at a seventh of what procs() costs."""
+        hierarchy = self.layout.of("pids") or self.layout.hierarchies[0]
+        return {pid for cgroup in hierarchy.job(self.base, self.name).subtree() for pid in cgroup.procs()}
 
     def kill(self, timeout: float = 10.0) -> set[int]:
         """End every process of the job; returns the pids still there after `timeout` seconds (state D, as a rule).
@@ -126,13 +139,27 @@ class JobCgroups:
 
     def attach(self, pid: int) -> None:
         """Move a process into the job. Raises NotFoundError if it is gone, KernelRefusedError if the kernel says no."""
-        for _, directory in self.all():
+        for door in self._doors():
             try:
-                directory.write("cgroup.procs", str(pid))
+                door.write("cgroup.procs", str(pid))
             except KernelRefusedError as e:
                 if isinstance(e.__cause__, OSError) and e.__cause__.errno == errno.ESRCH:
                     raise NotFoundError(f"pid {pid} does not exist any more; attach a living process") from e
                 raise
+
+    def fold_into(self, parent: "JobCgroups") -> None:
+        """Move every process to another job's cgroups. A process that forks meanwhile is followed."""
+        while pids := self.living():
+            for pid in pids:
+                try:
+                    parent.attach(pid)
+                except NotFoundError:
+                    continue  # it ended by itself
+
+    def describe(self, text: bytes) -> None:
+        """Write down in every directory what it is for; orphans() finds it."""
+        for _, directory in self.all():
+            directory.describe(text)
 
     def signal(self, number: int) -> set[int]:
         """Send a signal to every process of the job; the pids it was sent to."""
@@ -198,6 +225,8 @@ class JobCgroups:
                 _settle(hierarchy, directory, fresh=True)
                 # Only now: before, a neighbour could take the base away and another make it anew, without controllers.
                 _delegate_down(hierarchy, directory)
+                if (door := _door(hierarchy, directory)) != directory:
+                    door.make()
             except FileNotFoundError:
                 continue
             except KernelRefusedError as e:
@@ -241,6 +270,23 @@ class JobCgroups:
                 except KernelRefusedError:
                     if cgroup.exists():
                         raise
+
+
+def orphans(layout: Layout, base: str, prefix: str) -> dict[tuple[str, str], bytes | None]:
+    """What acctd has made below a base: (base, name) of every directory with this prefix and its description.
+
+    Families lie inside their parents' directories, which are their base.
+    """
+    found: dict[tuple[str, str], bytes | None] = {}
+    for hierarchy in layout.hierarchies:
+        above = [hierarchy.job(base, "x").parent]
+        while above:
+            for cgroup in above.pop().children():
+                if cgroup.parts[-1].startswith(prefix) and cgroup.marked():
+                    key = "/".join(cgroup.parts[:-1]), cgroup.parts[-1]
+                    found[key] = cgroup.description() or found.get(key)
+                    above.append(cgroup)
+    return found
 
 
 def sweep_sentinels(layout: Layout, base: str) -> None:
@@ -328,6 +374,12 @@ def _delegate(hierarchy: Hierarchy, directory: CgroupDir, *, anew: bool) -> None
         raise
 
 
+def _door(hierarchy: Hierarchy, directory: CgroupDir) -> CgroupDir:
+    """Where the processes of a job go that has this directory."""
+    divided = hierarchy.version == 2 and any(controller in V2_NAME for controller in hierarchy.controllers)
+    return directory.child(_OWN) if divided else directory
+
+
 def _taken(directory: CgroupDir) -> InUseError:
     return InUseError(f"cgroup {directory.path} exists already; finish that job or choose another id")
 
@@ -345,9 +397,12 @@ def _settle(hierarchy: Hierarchy, directory: CgroupDir, *, fresh: bool) -> None:
 
 
 def _tidy(hierarchy: Hierarchy, base: str) -> None:
-    """Take away an empty base that acctd made. rmdir refuses a busy one, so no check can be too late."""
+    """Take away an empty base that acctd made. rmdir refuses a busy one, so no check can be too late.
+
+    The base of a family is a job's own directory, which has a description: that goes with the job.
+    """
     directory = hierarchy.job(base, "x").parent
-    while directory.parts and directory.marked() and directory.remove():
+    while directory.parts and directory.marked() and not directory.description() and directory.remove():
         directory = directory.parent
 
 

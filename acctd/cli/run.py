@@ -13,13 +13,15 @@ import msgspec
 
 from acctd import accounts, launch
 from acctd import config as configuration
-from acctd.agent import Agent, Ending, with_default_classes
+from acctd.agent import Agent, with_default_classes
 from acctd.cli.output import Output, say
 from acctd.cli.summary import summary
 from acctd.cli.supervise import LiveLine, Signals, supervise
 from acctd.errors import UsageError
+from acctd.job import Ending
 from acctd.model import DestinationClass, JobSpec, Limits, NetworkMode, Owner, Record, parse_class, parse_size
 from acctd.network import resolver
+from acctd.recovery import recover
 from exporters.classad import format_ad, record_ad
 
 
@@ -76,7 +78,7 @@ def command(
     outputs = {form: Output(option, path) for option, form, path in _files(classad, json_path)}
     # From here on signals are taken in order, one by one: none is lost, and none interrupts a half-made job.
     with Signals() as signals, Agent(config) as agent:
-        recovery = agent.recover()
+        recovery = recover(agent)
         if job_id is None:
             spec = replace(spec, id=agent.ledger.next_id())
         record = _account(agent, spec, arguments, groups, environ, signals, quiet=quiet)

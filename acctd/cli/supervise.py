@@ -10,9 +10,10 @@ import termios
 import time
 from typing import Self
 
-from acctd.agent import Agent, Job
+from acctd.agent import Agent
 from acctd.cli.summary import size
 from acctd.errors import AcctdError
+from acctd.job import Job
 from acctd.meter import State
 
 _FORWARDED = {
@@ -67,7 +68,7 @@ class LiveLine:
         self._drawn = time.monotonic()
         if not self._quiet_terminal():
             return
-        state = self._job.meter.state()[0]
+        state = self._job.meter.now()
         text = f"acctd: job {self._job.spec.id}  {self._drawn - self._started:.0f} s  {_live(state)}"
         try:
             width = os.get_terminal_size(sys.stderr.fileno()).columns
@@ -132,7 +133,7 @@ def _poll(agent: Agent, job: Job, *, store: bool) -> None:
     try:
         agent.poll([job])
         if store:
-            agent.store(job)
+            agent.store([job])
     except (AcctdError, OSError) as e:
         job.note(f"at least one reading failed or could not be stored ({e})")
 

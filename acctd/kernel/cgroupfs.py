@@ -16,6 +16,9 @@ from acctd.errors import KernelRefusedError, NotPermittedError, UsageError
 MARK = "trusted.acctd"
 """Extended attribute on every directory acctd makes: what carries no mark is not ours to remove."""
 
+DESCRIPTION = "trusted.acctd.job"
+"""Extended attribute on a job's directories: what its maker wrote down, for a day when nothing else is left."""
+
 _GONE = (errno.ENOENT, errno.ENODEV)
 
 
@@ -170,6 +173,23 @@ class CgroupDir:
             if e.errno in (errno.ENODATA, errno.ENOTSUP, errno.ENOENT):
                 return False
             raise _refusal("read the mark of", str(self.path), e) from e
+
+    def describe(self, text: bytes) -> None:
+        """Write down what this directory is for. A kernel without such attributes does without."""
+        try:
+            os.setxattr(self.path, DESCRIPTION, text)
+        except OSError as e:
+            if e.errno != errno.ENOTSUP:
+                raise _refusal("describe", str(self.path), e) from e
+
+    def description(self) -> bytes | None:
+        """What describe() wrote, or None."""
+        try:
+            return os.getxattr(self.path, DESCRIPTION)
+        except OSError as e:
+            if e.errno in (errno.ENODATA, errno.ENOTSUP, errno.ENOENT):
+                return None
+            raise _refusal("read the description of", str(self.path), e) from e
 
     def remove(self) -> bool:
         """Remove the directory: True once it is gone, False while processes or children keep it busy."""

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 
 def boot_id(root: Path = Path("/")) -> str:
@@ -29,6 +30,80 @@ def owner(pid: int) -> int | None:
         return None
 
 
+class Credentials(NamedTuple):
+    """Whose a process is."""
+
+    uid: int  # real
+    groups: frozenset[int]  # supplementary
+
+
+# /proc/<pid>/status, in part; the name may hold spaces, and newlines are written as \\n:
+#   Name:   dd
+#   Uid:    1000    1000    1000    1000
+#   Groups: 4 24 1000
+def credentials(pid: int) -> Credentials | None:
+    """Whose a process is, or None if there is none of that pid."""
+    uid, groups = None, frozenset[int]()
+    try:
+        with open(f"/proc/{pid}/status", "rb") as status:
+            for line in status:
+                if line.startswith(b"Uid:"):
+                    uid = int(line.split()[1])
+                elif line.startswith(b"Groups:"):
+                    groups = frozenset(map(int, line.split()[1:]))
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return Credentials(uid, groups) if uid is not None else None
+
+
+def environment(pid: int) -> set[bytes]:
+    """The NAME=VALUE entries that a process was started with; none for one that is gone or a kernel thread."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as environ:
+            return set(environ.read().split(b"\0"))
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return set()
+
+
+# /proc/<pid>/cgroup; hierarchy, controllers and path, which may hold colons:
+#   9:memory:/acctd/job_42.0
+#   0::/acctd/job_42.0
+def cgroups(pid: int) -> list[str]:
+    """The paths of the cgroups that a process is in, one a hierarchy; none if it is gone."""
+    try:
+        with open(f"/proc/{pid}/cgroup") as lines:
+            return [line.rstrip("\n").split(":", 2)[2] for line in lines]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def pids() -> list[int]:
+    """Every process there is."""
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+def descendants(root: int) -> set[int]:
+    """A process and all that come from it, as far as their parents live."""
+    children: dict[int, list[int]] = {}
+    for pid in pids():
+        if (parent := _parent(pid)) is not None:
+            children.setdefault(parent, []).append(pid)
+    found, waiting = {root}, [root]
+    while waiting:
+        new = [pid for pid in children.get(waiting.pop(), []) if pid not in found]
+        found.update(new)
+        waiting += new
+    return found
+
+
+# /proc/self/statm, in pages; the second number is what is resident:
+#   24107 9120 3310 1 0 7411 0
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm", "rb") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def open_descriptors() -> int:
     """How many files this process has open."""
     return len(os.listdir("/proc/self/fd")) - 1  # less the one that lists
@@ -36,13 +111,23 @@ def open_descriptors() -> int:
 
 # /proc/<pid>/stat; the command, in parentheses, may hold anything; state and start time are the 3rd and 22nd fields:
 #   4242 (dd) R 4241 4242 4200 34816 4242 4194304 117 0 0 0 2 11 0 0 20 0 1 0 881231 6021120 ...
-def _start_time(pid: int) -> str | None:
+def _stat(pid: int) -> list[bytes] | None:
+    """From the third field on; None if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
-            fields = stat.read().rpartition(b")")[2].split()
+            return stat.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def _start_time(pid: int) -> str | None:
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def _parent(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[1]) if fields is not None else None
 
 
 def lies_on_others(device: str, root: Path = Path("/")) -> bool:

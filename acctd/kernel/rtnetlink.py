@@ -17,7 +17,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from acctd.errors import KernelRefusedError, NotPermittedError
 
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 16, 17, 20, 24, 25
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 16, 17, 18, 20, 24, 25
 _NLM_REQUEST, _NLM_ACK, _NLM_EXCL, _NLM_CREATE = 0x1, 0x4, 0x200, 0x400
 _NLMSG_ERROR = 2
 _RTMGRP_LINK = 1
@@ -26,6 +26,9 @@ _IFA_F_NODAD = 0x02
 _RT_TABLE_MAIN, _RTPROT_STATIC, _RTN_UNICAST, _RTN_BLACKHOLE = 254, 4, 1, 6
 _LAST_METRIC = 0xFFFFFFFF
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
+_ATTRIBUTE = struct.Struct("=HH")  # rtattr: length, type
+_STATS64 = struct.Struct("=4Q")  # rtnl_link_stats64 begins with packets received and sent, bytes received and sent
+_IFINFOMSG, _IFLA_STATS64, _ETHERNET = 16, 23, 14
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -126,6 +129,20 @@ class RouteSocket:
             sequence = min(failures)
             raise _refusal(requests[sequence - 1].what, failures[sequence])
 
+    def link_bytes(self, name: str) -> int | None:
+        """Bytes above Ethernet that a link has received and sent so far; None where there is no such link."""
+        message = _link()
+        message["attrs"] = [("IFLA_IFNAME", name)]
+        header = message["header"]
+        header["type"], header["flags"], header["sequence_number"], header["pid"] = _RTM_GETLINK, _NLM_REQUEST, 1, 0
+        message.encode()
+        self._socket.send(bytes(message.data))
+        for kind, _, body in self._receive():
+            if kind == _RTM_NEWLINK and (found := _attribute(body, _IFLA_STATS64)) is not None:
+                packets_in, packets_out, bytes_in, bytes_out = _STATS64.unpack_from(found)
+                return int(bytes_in + bytes_out - _ETHERNET * (packets_in + packets_out))
+        return None
+
     def removals(self) -> set[int]:
         """Indexes of links the kernel says it has removed; waits for the next message. For link_events() sockets."""
         return {struct.unpack_from("=i", body, 4)[0] for kind, _, body in self._receive() if kind == _RTM_DELLINK}
@@ -142,6 +159,12 @@ class RouteSocket:
             messages.append((kind, sequence, data[offset + _HEADER.size : offset + length]))
             offset += (length + 3) & ~3
         return messages
+
+
+def link_bytes(name: str) -> int | None:
+    """Bytes above Ethernet, both ways, that a link of the calling thread's namespace has passed; None if it is gone."""
+    with RouteSocket() as routes:
+        return routes.link_bytes(name)
 
 
 def link_events() -> RouteSocket:
@@ -161,6 +184,17 @@ def _link(index: int = 0, flags: int = 0, change: int = 0) -> Any:
     message = ifinfmsg()
     message["index"], message["flags"], message["change"] = index, flags, change
     return message
+
+
+def _attribute(body: bytes, wanted: int) -> bytes | None:
+    """One attribute of an ifinfomsg."""
+    offset = _IFINFOMSG
+    while offset + _ATTRIBUTE.size <= len(body):
+        length, kind = _ATTRIBUTE.unpack_from(body, offset)
+        if kind == wanted:
+            return body[offset + _ATTRIBUTE.size : offset + length]
+        offset += max((length + 3) & ~3, _ATTRIBUTE.size)
+    return None
 
 
 def _family(addr: Address) -> int:

@@ -57,7 +57,7 @@ MAKING = [
     ("acctd.kernel.rtnetlink:RouteSocket.apply", "after", 2),  # a link without addresses
     ("acctd.network.pipe:make", "after", 1),
     ("acctd.cgroup.driver:JobCgroups.remove", "before", 1),  # the sentinel stays
-    ("acctd.agent:Agent._open_readers", "before", 1),
+    ("acctd.agent:Agent.open_readers", "before", 1),
     ("acctd.agent:Agent.create", "after", 1),
     ("acctd.ledger:Ledger.begin", "before", 1),
 ]
@@ -67,12 +67,12 @@ BEGUN = [
     ("acctd.launch:start", "after", 1),
     ("acctd.agent:Agent.finish", "before", 1),
     ("acctd.cgroup.driver:JobCgroups.kill", "after", 1),
-    ("acctd.agent:Agent._take_pipe", "before", 1),
+    ("acctd.agent:Agent.take_pipe", "before", 1),
     ("acctd.network.pipe:_remove_link", "after", 1),  # the link is gone, its name is not
-    ("acctd.agent:Agent._take_pipe", "after", 1),
+    ("acctd.agent:Agent.take_pipe", "after", 1),
     ("acctd.ledger:Ledger.sign_off", "before", 1),
     ("acctd.ledger:Ledger.sign_off", "after", 1),
-    ("acctd.agent:Agent._dismantle", "before", 1),
+    ("acctd.agent:Agent.dismantle", "before", 1),
     ("{chains}.remove", "before", 1),
     ("acctd.network.host:let_go", "before", 1),
     ("{chains}.remove", "after", 1),
@@ -168,7 +168,7 @@ def test_killed_while_recovering_the_next_one_recovers(each_backend: Node) -> No
     _until_nobody_is_left(node)
     for point, when in (
         ("acctd.ledger:Ledger.claim", "after"),
-        ("acctd.agent:Agent._take_pipe", "after"),
+        ("acctd.agent:Agent.take_pipe", "after"),
         ("acctd.ledger:Ledger.sign_off", "after"),
         ("acctd.ledger:Ledger.forget", "before"),
     ):

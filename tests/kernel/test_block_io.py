@@ -241,7 +241,8 @@ def _extents(file: Path) -> int:
 _TWO_JOBS = """
 import os, subprocess, sys
 from acctd import config, launch
-from acctd.agent import Agent, Ending
+from acctd.agent import Agent
+from acctd.job import Ending
 from acctd.model import JobSpec, Owner
 with Agent(config.load(None, os.environ)) as agent:
     for name in ("first", "second"):

@@ -41,7 +41,8 @@ OWNERS = ["54321", 'o"neill', "DOMAIN\\alice", "DOMAIN\\", "jürgen müller@exam
 _JOB_OF = """
 import os, sys
 from acctd import config, launch
-from acctd.agent import Agent, Ending
+from acctd.agent import Agent
+from acctd.job import Ending
 from acctd.model import JobSpec, Owner
 with Agent(config.load(None, os.environ)) as agent:
     job = agent.create(JobSpec(id="odd", owner=Owner(4294967294, 4294967294, sys.argv[1]), network="none"))

@@ -28,7 +28,8 @@ _IN_A_ROW = """
 import json, os, signal, sys, threading
 from pathlib import Path
 from acctd import config, launch
-from acctd.agent import Agent, Ending, with_default_classes
+from acctd.agent import Agent, with_default_classes
+from acctd.job import Ending
 from acctd.model import JobSpec, Owner, parse_class
 
 count, settled, command = int(sys.argv[1]), 20, sys.argv[2:]

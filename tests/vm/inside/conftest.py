@@ -15,7 +15,8 @@ import pytest
 
 from acctd import config as configuration
 from acctd import launch
-from acctd.agent import Agent, Ending, Job
+from acctd.agent import Agent
+from acctd.job import Ending, Job
 from acctd.cgroup.layout import CONTROLLERS, discover
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.model import JobSpec, Limits, NetworkMode, Owner, Record

@@ -100,7 +100,7 @@ def test_a_complete_record(machine: Machine, fifo: Callable[[str], Path]) -> Non
     process = machine.start(job, "sh", "-c", script, sys.executable, _HOLDER, str(ready), str(go))
     ready.open().close()
     machine.agent.poll([job])
-    now = job.meter.state()[0]
+    now = job.meter.now()
     go.open("w").close()
     assert process.wait() == 0
     record = machine.finish(job, 0)

@@ -1,0 +1,56 @@
+"""Families in families: which jobs lie inside which, what they used together, and which job a process is in.
+
+Pure functions over the jobs that are held. A parent's cgroups count its families' CPU, memory and block I/O by
+themselves; a family with a pipe of its own is counted on a chain of its own, and that is added here, once.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from acctd.job import NETWORK_NAMES, Job
+from acctd.meter import State, add
+
+_JOB = re.compile(r"/job_([^/]+)")
+
+
+def below(jobs: Mapping[str, Job], job: Job) -> list[Job]:
+    """The families inside a job, at any depth, those first that have none inside themselves."""
+    children: dict[int, list[Job]] = {}
+    for other in jobs.values():
+        if other.row.parent is not None:
+            children.setdefault(other.row.parent, []).append(other)
+    found: list[Job] = []
+    waiting = [job]
+    while waiting:
+        inside = children.get(waiting.pop().row.seq, [])
+        found += inside
+        waiting += inside
+    return found[::-1]
+
+
+def totals(job: Job, families: Iterable[Job]) -> State:
+    """A job's totals with those of the families below it, living and ended."""
+    networks = [job.families]
+    for family in families:
+        own = family.meter.now()
+        networks += [{name: own[name] for name in NETWORK_NAMES if name in own}, family.families]
+    return add(job.meter.now(), *networks)
+
+
+def innermost(jobs: Mapping[str, Job], cgroups: Iterable[str]) -> Job | None:
+    """The job that a process is in, by the paths in its /proc/PID/cgroup; of nested ones the innermost."""
+    best: Job | None = None
+    for path in cgroups:
+        for match in _JOB.finditer(path):
+            job = jobs.get(match.group(1))
+            if job is None or f"/{job.cgroups.base}/{job.cgroups.name}/" not in f"{path}/":
+                continue
+            if best is None or len(job.cgroups.base) > len(best.cgroups.base):
+                best = job
+    return best
+
+
+def is_inside(job: Job, other: Job) -> bool:
+    """Whether a job is the other one, or lies below it."""
+    where = f"{other.cgroups.base}/{other.cgroups.name}"
+    return job is other or job.cgroups.base == where or job.cgroups.base.startswith(f"{where}/")

@@ -1,0 +1,142 @@
+"""A job that this process holds: its row in the ledger, and what is open for it. No order of things is decided here."""
+
+import os
+import time
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network
+
+from acctd.cgroup.driver import JobCgroups
+from acctd.cgroup.layout import Layout
+from acctd.kernel import procs
+from acctd.ledger import Account, OpenJob, Place
+from acctd.meter import Meter, State
+from acctd.metrics import NETWORK_BYTES, NETWORK_PACKETS, Readings
+from acctd.model import JobSpec, chain_name
+from acctd.network import pool
+from acctd.network.backend import ChainPlan, Counts, Pools
+from collectors.blkio import BlkioReader
+from collectors.cpu import CpuReader
+from collectors.memory import MemoryReader
+from collectors.pids import PidsReader
+from collectors.pressure import PressureReader
+
+NETWORK = (NETWORK_BYTES, NETWORK_PACKETS)
+"""The metrics that a job's chain counts."""
+
+NETWORK_NAMES = tuple(metric.name for metric in NETWORK)
+
+Reader = BlkioReader | CpuReader | MemoryReader | PidsReader | PressureReader
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How and when the job's main process ended; all None where nobody saw it."""
+
+    exit_code: int | None = None
+    exit_signal: int | None = None
+    at: int | None = None  # CLOCK_BOOTTIME, ns
+
+    @classmethod
+    def now(cls, code: int) -> "Ending":
+        """An exit status, or -n after signal n, seen this moment."""
+        return cls(exit_code=code, at=boottime()) if code >= 0 else cls(exit_signal=-code, at=boottime())
+
+
+@dataclass(slots=True)
+class Job:
+    """A job that the agent holds."""
+
+    row: OpenJob
+    cgroups: JobCgroups
+    meter: Meter
+    lease: pool.Lease | None = None
+    pools: Pools | None = None  # those of the lease
+    plan: ChainPlan | None = None  # what its chain is made from; None without a pipe
+    families: State = field(default_factory=dict)  # see ledger.Account
+    namespace: int | None = None
+    readers: list[Reader] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
+    incarnation: str | None = None  # of its chain, as of the last reading; None before the first
+    damage: str | None = None  # what another program did to its chain, until that is mended
+
+    @property
+    def spec(self) -> JobSpec:
+        return self.row.spec
+
+    @property
+    def account(self) -> Account:
+        """What the ledger is to know of it."""
+        return Account(self.meter.stored(), self.incarnation, tuple(self.notes), self.stacked, self.families)
+
+    def note(self, sentence: str) -> None:
+        """Say something about this account, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def feed_counts(self, counts: Counts) -> None:
+        """Meter what its chain counts."""
+        readings: Readings = {}
+        for rule, count in counts.items():
+            readings[NETWORK_BYTES, rule] = count.bytes
+            readings[NETWORK_PACKETS, rule] = count.packets
+        self.meter.feed(readings)
+
+    def counted_back(self, counts: Counts) -> bool:
+        """Whether the chain stands lower than when it was read last, which no counter does by itself."""
+        return any(
+            counts[rule].bytes < value for (_, rule), value in self.meter.last(NETWORK[:1]).items() if rule in counts
+        )
+
+    def find_stacked(self, readings: Readings) -> None:
+        """Whether a device lies on another one, asked when it first shows up: a loop device may be gone at the end."""
+        for _, device in readings:
+            if device not in self.stacked:
+                self.stacked[device] = procs.lies_on_others(device)
+
+    def close(self) -> None:
+        """Give descriptors back. The job itself goes on."""
+        for reader in self.readers:
+            reader.close()
+        self.readers.clear()
+        if self.namespace is not None:
+            os.close(self.namespace)
+            self.namespace = None
+
+
+def hold(row: OpenJob, layout: Layout) -> Job:
+    """What a row of the ledger stands for; nothing of it is opened yet."""
+    account = row.account
+    job = Job(
+        *(row, JobCgroups(layout, row.place.base, cgroup_name(row.spec.id)), Meter.restore(account.meter)),
+        families=account.families,
+        notes=list(account.notes),
+        stacked=dict(account.stacked),
+        incarnation=account.incarnation,
+    )
+    if row.slot is not None:
+        job.pools = pools(row.place)
+        job.lease = lease = pool.lease(job.pools, row.slot)
+        chain, ipv6 = chain_name(row.spec.id), lease.inner6 is not None
+        job.plan = ChainPlan(chain, lease.ifname, row.spec.classes, ipv6, tuple(lease.inner))
+    return job
+
+
+def cgroup_name(job: str) -> str:
+    """The directory of a job, below its base."""
+    return f"job_{job}"
+
+
+def pools(place: Place) -> Pools:
+    """The address pools that a job was made with."""
+    return Pools(IPv4Network(place.pool4), IPv6Network(place.pool6) if place.pool6 else None)
+
+
+def boottime() -> int:
+    """ns since boot, suspension included; no step of the wall clock touches it."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def listed(pids: set[int]) -> str:
+    """Pids for a sentence."""
+    return ", ".join(map(str, sorted(pids)))

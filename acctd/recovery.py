@@ -1,0 +1,127 @@
+"""Putting right what a dead acctd left: the ledger and the kernel held against each other.
+
+Every open job whose keeper is gone is taken over: a half-made one is undone, an ended one gets its record, a removal is
+completed, a living one is let be or adopted. What carries acctd's mark below the base and is in no ledger is put back
+into it from what its maker wrote down on its cgroups. What carries no mark is never touched.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgspec
+
+from acctd.agent import Agent
+from acctd.cgroup.driver import JobCgroups, orphans, sweep_sentinels
+from acctd.cgroup.layout import Layout, discover
+from acctd.errors import AcctdError
+from acctd.job import Ending, Job, cgroup_name, hold
+from acctd.kernel import procs
+from acctd.ledger import OpenJob, decode_row
+from acctd.metrics import CPU_SYSTEM, CPU_USER
+from acctd.model import Record
+
+
+def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Record]:
+    """Take over what nobody keeps; the records written.
+
+    Living jobs, and made ones that wait for somebody to enter, are given to `adopt`, held open and ours from then on;
+    without it they are let be. Trouble with one job goes to `agent.trouble` and does not keep another from being dealt
+    with.
+    """
+    written: list[Record] = []
+    # Every controller of the host: a job may be from before one was taken out of the configuration.
+    layout = discover()
+    sweep_sentinels(agent.layout, agent.config.cgroup.base)
+    if adopt is not None:
+        _reinstate(agent, layout)
+    # Families first: an ended one tells its parent what it used before the parent's own record is written.
+    for row in reversed(agent.ledger.open_jobs()):
+        if procs.is_alive(row.keeper) and row.boot_id == agent.boot_id:
+            continue
+        try:
+            record = _recover_one(agent, row, layout, adopt)
+            if record is not None:
+                written.append(record)
+        except (AcctdError, OSError) as e:
+            agent.trouble.append(f"job {row.spec.id}, whose acctd had died: {e}")
+    return written
+
+
+def _recover_one(agent: Agent, seen: OpenJob, layout: Layout, adopt: Callable[[Job], None] | None) -> Record | None:
+    if adopt is None and _stays(agent, hold(seen, layout)):
+        return None
+    row = agent.ledger.claim(seen, agent.keeper)
+    if row is None:
+        return None  # somebody else deals with it
+    # From here on the row as it is now: its keeper may have done more before it died.
+    job = hold(row, layout)
+    stays = _stays(agent, job)
+    if stays and adopt is None:
+        return None  # we do not stay; the next one finds our claim dead
+    if row.phase == "making" or (row.phase == "made" and not stays):
+        agent.abandon(job)
+        return None
+    if row.phase == "closed":
+        job.cgroups.kill()
+        agent.take_pipe(job)
+        agent.dismantle(job)
+        return None
+    if row.boot_id == agent.boot_id:
+        agent.open_readers(job)
+    agent.held[row.seq] = job
+    if stays and adopt is not None:
+        adopt(job)
+        return None
+    if row.boot_id != agent.boot_id:
+        job.note("the node rebooted while this job ran; totals and wall time are those stored last")
+    elif row.terms.main_ended_ns is not None:
+        job.note("whoever watched this job died after it ended; its exit status is unknown")
+    else:
+        job.note(
+            "whoever watched this job died before it ended; its exit status is unknown, and its wall time ends when it "
+            "was found to have ended"
+        )
+    return agent.finish(job, Ending(at=row.terms.main_ended_ns))
+
+
+def _stays(agent: Agent, job: Job) -> bool:
+    """Whether the job goes on: it has processes, or waits for its first. No job outlives a boot."""
+    if job.row.boot_id != agent.boot_id:
+        return False
+    return job.row.phase == "made" or (job.row.phase == "running" and bool(job.cgroups.living()))
+
+
+def _reinstate(agent: Agent, layout: Layout) -> None:
+    """Put jobs that are in the kernel and not in the ledger back into it: it was lost, and this one is new."""
+    known = {(row.place.base, cgroup_name(row.spec.id)) for row in agent.ledger.open_jobs()}
+    # Parents first, so that families find them.
+    for (base, name), text in sorted(orphans(layout, agent.config.cgroup.base, cgroup_name("")).items()):
+        if (base, name) in known:
+            continue
+        cgroups = JobCgroups(layout, base, name)
+        try:
+            if text is None:
+                # Its maker died before it could write anything down, and so before anybody was let in.
+                if not cgroups.living() and cgroups.remove():
+                    agent.trouble.append(f"cgroups {base}/{name}, half made by an acctd that died, are removed")
+                continue
+            row = decode_row(text)
+            if procs.is_alive(row.keeper) or row.boot_id != agent.boot_id:
+                continue
+            agent.ledger.reinstate(_as_found(agent, row))
+        except (AcctdError, OSError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as e:
+            agent.trouble.append(f"cgroups {base}/{name} are of a job that is in no ledger, and stay: {e}")
+            continue
+        agent.trouble.append(f"job {row.spec.id} was in the kernel and not in the ledger; it is known again")
+
+
+def _as_found(agent: Agent, row: OpenJob) -> OpenJob:
+    """The row as its job is now: under its parent's seq of today, and running if anybody ever entered."""
+    known = {other.spec.id: other.seq for other in agent.ledger.open_jobs()}
+    job = hold(row, discover())
+    agent.open_readers(job)
+    agent.take(job, None)
+    job.close()
+    ran = job.cgroups.living() or any(job.meter.totals.get((metric, "")) for metric in (CPU_USER, CPU_SYSTEM))
+    parent = known.get(row.spec.parent) if row.spec.parent is not None else None
+    return replace(row, phase="running" if ran else "made", parent=parent)
