@@ -322,8 +322,8 @@ class Server:
 
     async def _tell(self, peer: _Peer, more: bool) -> None:
         async for event in self._daemon.watch():
-            if self._methods.may_see(peer.caller, event.job):
-                await self._send(peer, varlink.reply(asdict(event), continues=more))
+            if self._methods.may_see(peer.caller, event):
+                await self._send(peer, varlink.reply({"event": asdict(event)}, continues=more))
                 if not more:
                     return
 

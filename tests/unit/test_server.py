@@ -16,8 +16,8 @@ import pytest
 
 from acctd import server as module
 from acctd import shares, varlink
+from acctd.caller import Caller
 from acctd.errors import NotFoundError
-from acctd.methods import Caller
 from acctd.server import Server
 
 DEADLINE = 20.0
@@ -60,8 +60,8 @@ class StandIn:
     async def break_down(self, caller, wanted):
         return {"text": wanted.text + 1}
 
-    def may_see(self, caller, job):
-        return job == "mine"
+    def may_see(self, caller, event):
+        return event.job == "mine"
 
     async def watch(self):
         self.watching += 1
@@ -249,7 +249,7 @@ def test_a_watch_tells_what_may_be_seen(play):
         for number, job in enumerate(("mine", "another's", "mine")):
             stand_in.news.put_nowait(News(number, job))
         heard = [await client.hear(), await client.hear()]
-        assert [(h["parameters"]["number"], h["continues"]) for h in heard] == [(0, True), (2, True)]
+        assert [(h["parameters"]["event"]["number"], h["continues"]) for h in heard] == [(0, True), (2, True)]
 
     play(scene)
 
@@ -262,7 +262,7 @@ def test_a_watch_without_more_is_one_event_and_the_calls_behind_it_are_answered(
         client.send(call("Echo", text="later"))
         stand_in.news.put_nowait(News(7, "mine"))
         heard = [await client.hear() for _ in range(3)]
-        assert heard[0] == {"parameters": {"number": 7, "job": "mine"}}
+        assert heard[0] == {"parameters": {"event": {"number": 7, "job": "mine"}}}
         assert [h["parameters"]["text"] for h in heard[1:]] == ["behind", "later"]
         await until(lambda: not stand_in.watching)
 
