@@ -1,288 +1,445 @@
 """acctd-hook: what a starter calls. Talks to the agent over its socket; standard library only, so that it starts fast.
 
-    acctd-hook [--socket PATH] VERB --job ID [OPTIONS]
-
-`create` makes a job, `exec` enters it and becomes a command, `attach PID` puts a running process in, `usage` tells what
-it has used, `signal N`, `suspend`, `continue` and `kill` act on all of its processes, `finish` reads for the last time
-and prints the record. Without a job: `list`, `dump`, `snapshot`, `quit`. Imports nothing of the agent but helper.py,
-which imports nothing either. Exit codes: docs/exit-codes.md.
+One call of it is one call of the agent's; an `exec` is a few. The verbs have procd's names where procd has such an
+operation. Imports nothing of the agent but hookcall.py, and for `exec` hookexec.py, enter.py and helper.py, which stand
+apart as it does. Pages: docs/hook.md, docs/exit-codes.md.
 """
 
-import json
 import os
-import socket
 import sys
 
-EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_SOFTWARE = 64, 69, 70
-_CODES = {
-    "UsageError": 64, "NotFound": 66, "Unavailable": 69, "Failed": 70, "KernelRefused": 71, "InUse": 73,
-    "Exhausted": 75, "NotPermitted": 77, "InvalidParameter": 64, "MethodNotFound": 69,
-}  # fmt: skip
-_DEFAULT_SOCKET = "/run/acctd/acctd.sock"
-_TIMEOUT = 60.0  # s; a finish may wait 10 s for processes that do not want to die
-_LIMITS = {"memory", "memory-soft", "swap", "cpus", "cpu-shares", "cpuset", "pids"}
+from acctd import hookcall
 
-USAGE = """\
-usage: acctd-hook [--socket PATH] VERB --job ID [OPTIONS]
-  create   [--user USER] [--network nat|host|none] [--class NAME=CIDR,...] [--tag KEY=VALUE] [--memory BYTES] ...
-  exec     [--fail-open | --fail-closed] -- COMMAND...
-  attach   PID
-  usage    [--json]
-  signal   NUMBER
-  suspend | continue | kill
-  finish   [--exit-code N | --exit-signal N] [--json]
-  list | dump | snapshot | quit          (no job)"""
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_SOCKET = "/run/acctd/acctd.sock"
+_EX_OSERR = 71
 
 
-class HookError(Exception):
-    """One sentence for the caller, and the exit code."""
+class Given:
+    """What stands on the command line."""
 
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.words: list[str] = []
+        self.options: dict[str, list[str]] = {}
+        self.command: list[str] = []
+
+    @property
+    def job(self) -> str:
+        """The job that is meant."""
+        return self.options["job"][0]
+
+    def one(self, name: str) -> str | None:
+        """An option's value, or None."""
+        return self.options[name][0] if name in self.options else None
+
+    def word(self, what: str) -> str:
+        """The only word."""
+        if len(self.words) != 1:
+            raise hookcall.UsageError(f"say one {what}; it has {len(self.words)}")
+        return self.words[0]
+
+    def pairs(self, name: str) -> dict[str, str]:
+        """KEY=VALUE of an option that may be given several times."""
+        found = {}
+        for text in self.options.get(name, []):
+            key, equals, value = text.partition("=")
+            if not equals or not key:
+                raise hookcall.UsageError(f"--{name} {text!r} is not KEY=VALUE")
+            found[key] = value
+        return found
+
+    def call(self, method: str, **parameters: object) -> hookcall.Answer:
+        """One call of the agent's; parameters that are None are left out. Raises HookError."""
+        return hookcall.call(
+            self.path, method, **{name: value for name, value in parameters.items() if value is not None}
+        )
 
 
 def main() -> None:
     """Entry point."""
     try:
-        sys.exit(run(sys.argv[1:]))
-    except HookError as e:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except hookcall.HookError as e:
         sys.stderr.write(f"acctd-hook: {e}\n")
-        sys.exit(e.code)
+        code = e.code
+    except BrokenPipeError:
+        code = 141  # as after SIGPIPE; what is left in the buffer goes nowhere, in silence
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
     """One call; its exit code. Raises HookError."""
-    path, rest = os.environ.get("ACCTD_SOCKET") or _DEFAULT_SOCKET, argv
-    if rest[:1] == ["--socket"] and len(rest) > 1:
-        path, rest = rest[1], rest[2:]
-    if not rest or rest[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE + "\n")
-        return 0 if rest else EXIT_USAGE
-    verb, (words, options, command) = rest[0], _split(rest[1:])
-    act = _VERBS.get(verb)
-    if act is None:
-        raise HookError(f"verb {verb!r} is none; it is one of {', '.join(_VERBS)}", EXIT_USAGE)
-    return int(act(path, words, options, command))
+    given = Given(os.environ.get("ACCTD_SOCKET") or _SOCKET)
+    rest = list(argv)
+    while rest and rest[0].startswith("-"):
+        argument = rest.pop(0)
+        if argument in ("-h", "--help"):
+            sys.stdout.write(_help())
+            return 0
+        name, equals, value = argument.partition("=")
+        if name != "--socket":
+            raise hookcall.UsageError(f"option {name} is unknown before the verb; see acctd-hook --help")
+        if not equals and not rest:
+            raise hookcall.UsageError("option --socket needs a value, PATH")
+        given.path = value if equals else rest.pop(0)
+    if not rest:
+        raise hookcall.UsageError("which verb? acctd-hook --help names them")
+    verb = rest.pop(0)
+    if verb not in _VERBS:
+        raise hookcall.UsageError(f"verb {verb!r} is none; it is one of {', '.join(_VERBS)}")
+    act, words, _, options = _VERBS[verb]
+    if not _take(given, verb, options, rest):
+        sys.stdout.write(_help_of(verb))
+        return 0
+    if "job" in options and "job" not in given.options:
+        raise hookcall.UsageError(f"{verb} needs --job ID")
+    if given.words and not words:
+        raise hookcall.UsageError(f"{verb} takes no word such as {given.words[0]!r}; see acctd-hook {verb} --help")
+    return act(given)
 
 
-def _split(arguments: list[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
-    """Words, options with their values, and what follows "--"."""
-    words: list[str] = []
-    options: dict[str, list[str]] = {}
-    rest = iter(arguments)
-    for argument in rest:
+def _take(given: Given, verb: str, known: tuple[str, ...], arguments: list[str]) -> bool:
+    """Take the arguments after the verb apart; False where help is wanted."""
+    while arguments:
+        argument = arguments.pop(0)
         if argument == "--":
-            return words, options, list(rest)
+            given.command = arguments
+            return True
+        if argument in ("-h", "--help"):
+            return False
         if not argument.startswith("--"):
-            words.append(argument)
-        elif argument in ("--json", "--fail-open", "--fail-closed"):
-            options[argument[2:]] = []
+            given.words.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        if name not in (*known, "socket"):
+            raise hookcall.UsageError(f"option --{name} is unknown to {verb}; see acctd-hook {verb} --help")
+        what, _ = _OPTIONS[name]
+        if not what:
+            if equals:
+                raise hookcall.UsageError(f"option --{name} takes no value")
+        elif not equals:
+            if not arguments or arguments[0].startswith("--"):
+                raise hookcall.UsageError(f"option --{name} needs a value, {what}")
+            value = arguments.pop(0)
+        if name == "socket":
+            given.path = value
+        elif name in given.options and name not in _SEVERAL:
+            raise hookcall.UsageError(f"option --{name} is given twice; {verb} takes one")
         else:
-            name, equals, value = argument[2:].partition("=")
-            found = value if equals else next(rest, None)
-            if found is None:
-                raise HookError(f"option --{name} needs a value", EXIT_USAGE)
-            options.setdefault(name, []).append(found)
-    return words, options, []
+            given.options.setdefault(name, []).append(value)
+    return True
 
 
-def call(path: str, method: str, **parameters: object) -> dict:  # type: ignore[type-arg]  # JSON as it came
-    """One varlink call. Raises HookError, EXIT_UNAVAILABLE where no agent answers."""
-    request = {"method": f"org.acctd.Node.{method}", "parameters": parameters}
+def _print(value: object) -> int:
+    sys.stdout.write(hookcall.to_json(value, "") + "\n")
+    return 0
+
+
+# Values
+
+
+def _number(what: str, text: str, low: int = 0, high: int = (1 << 63) - 1) -> int:
+    if text.isascii() and text.isdecimal() and len(text) < 20 and low <= int(text) <= high:
+        return int(text)
+    raise hookcall.UsageError(f"{what} {text!r} is no number from {low} to {high}")
+
+
+def _optional(given: Given, name: str, low: int = 0, high: int = (1 << 63) - 1) -> int | None:
+    text = given.one(name)
+    return None if text is None else _number(name, text, low, high)
+
+
+def _real(what: str, text: str | None) -> float | None:
+    if text is None:
+        return None
     try:
-        with socket.socket(socket.AF_UNIX) as agent:
-            agent.settimeout(_TIMEOUT)
-            agent.connect(path)
-            agent.sendall(json.dumps(request).encode() + b"\0")
-            data = b""
-            while not data.endswith(b"\0"):
-                received = agent.recv(1 << 16)
-                if not received:
-                    raise HookError(f"the agent at {path} hung up; see its log", EXIT_UNAVAILABLE)
-                data += received
-    except OSError as e:
-        reason = e.strerror or str(e)
-        raise HookError(f"no agent answers at {path} ({reason}); start acctd serve", EXIT_UNAVAILABLE) from None
-    reply = json.loads(data[:-1])
-    if "error" in reply:
-        name = reply["error"].rpartition(".")[2]
-        said = reply["parameters"].get("message") or f"{name}: {reply['parameters'].get('parameter', '')}"
-        raise HookError(said, _CODES.get(name, EXIT_SOFTWARE))
-    return dict(reply["parameters"])
-
-
-def _job(options: dict[str, list[str]]) -> str:
-    if len(options.get("job", [])) != 1:
-        raise HookError("say which job with --job ID", EXIT_USAGE)
-    return options["job"][0]
-
-
-def _limit(name: str, text: str) -> object:
-    if name == "cpuset":
-        return text
-    if name != "cpus":
-        return _number(name, text)
-    try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise HookError(f"cpus {text!r} is no number", EXIT_USAGE) from None
+        value = -1.0
+    if 0 < value < 1e9:
+        return value
+    raise hookcall.UsageError(f"{what} {text!r} is no number above 0")
 
 
-def _number(what: str, text: str) -> int:
-    if not text.isascii() or not text.lstrip("-").isdecimal():
-        raise HookError(f"{what} {text!r} is no number", EXIT_USAGE)
-    return int(text)
+def _size(what: str, text: str) -> int:
+    """Bytes; K, M, G and T stand for powers of 1024."""
+    power = "KMGT".find(text[-1:].upper()) + 1 if text else 0
+    return int(_number(what, text[:-1] if power else text) << 10 * power)
 
 
-def _pairs(options: dict[str, list[str]], name: str) -> dict[str, str]:
-    found = {}
-    for text in options.get(name, []):
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise HookError(f"--{name} {text!r} is not KEY=VALUE", EXIT_USAGE)
-        found[key] = value
+def _text(_what: str, text: str) -> str:
+    return text
+
+
+def _limits(given: Given) -> hookcall.Answer:
+    found: hookcall.Answer = {}
+    for name in given.options.keys() & _LIMITS.keys():
+        text = given.options[name][0]
+        found[name.replace("-", "_")] = _LIMITS[name](name, text)
     return found
 
 
-def _create(path: str, _words: list[str], options: dict[str, list[str]], _command: list[str]) -> int:
-    limits: dict[str, object] = {}
-    for name in _LIMITS & options.keys():
-        limits[name.replace("-", "_")] = _limit(name, options[name][-1])
-    unknown = options.keys() - _LIMITS - {"job", "user", "network", "class", "tag"}
-    if unknown:
-        raise HookError(f"option --{min(unknown)} is unknown to create; see --help", EXIT_USAGE)
-    wanted = {"job": _job(options), "limits": limits, "tags": _pairs(options, "tag")}
-    wanted["classes"] = {name: cidrs.split(",") for name, cidrs in _pairs(options, "class").items()}
-    for name in ("user", "network"):
-        if name in options:
-            wanted[name] = options[name][-1]
-    _print(call(path, "Create", **wanted))
-    return 0
+# Verbs
 
 
-def _exec(path: str, _words: list[str], options: dict[str, list[str]], command: list[str]) -> int:
-    if not command:
-        raise HookError("exec needs a command after --", EXIT_USAGE)
-    from acctd import helper  # only here: the other verbs need none of it
-
-    job = _job(options)
-    try:
-        entry = call(path, "Entry", job=job)
-    except HookError as e:
-        if e.code != EXIT_UNAVAILABLE or "fail-open" not in options:
-            raise
-        sys.stderr.write(f"acctd-hook: {e}; job {job} starts unaccounted, as --fail-open asks\n")
-        return helper.become(command)
-    try:
-        if entry["netns"] is not None:
-            with open(entry["netns"], "rb") as namespace:
-                helper.enter_network(namespace.fileno())
-    except OSError as e:
-        raise HookError(f"cannot enter the network of job {job}: {e.strerror}; run as root", 77) from None
-    # Last before we give up our rights, so that little of Python's own doing is billed.
-    call(path, "Attach", job=job)
-    if os.geteuid() == 0:
-        os.setgroups(entry["groups"])
-        os.setresgid(entry["gid"], entry["gid"], entry["gid"])
-        os.setresuid(entry["uid"], entry["uid"], entry["uid"])
-        if entry["uid"] != 0:
-            os.environ.update(entry["environment"])
-    code = helper.become(command)
-    sys.stderr.write(f"acctd-hook: command {command[0]!r} cannot be started; check its name, PATH and rights\n")
-    return code
+def _create(given: Given) -> int:
+    classes = {name: networks.split(",") for name, networks in given.pairs("class").items()}
+    made = given.call(
+        "Create", job=given.job, user=given.one("user"), network=given.one("network"), limits=_limits(given) or None,
+        classes=classes or None, tags=given.pairs("tag") or None, parent=given.one("parent"),
+        watcher=_optional(given, "watcher", 1), interval=_real("interval", given.one("interval")),
+    )  # fmt: skip
+    return _print(made)
 
 
-def _attach(path: str, words: list[str], options: dict[str, list[str]], _command: list[str]) -> int:
-    if len(words) != 1:
-        raise HookError("attach needs one pid", EXIT_USAGE)
-    call(path, "Attach", job=_job(options), pid=_number("pid", words[0]))
-    return 0
+def _register(given: Given) -> int:
+    if "pid" not in given.options:
+        raise hookcall.UsageError("register needs --pid PID, the family's root; $$ for the calling shell")
+    made = given.call(
+        "Register", job=given.job, pid=_optional(given, "pid", 1), tags=given.pairs("tag") or None,
+        parent=given.one("parent"), watcher=_optional(given, "watcher", 1),
+        interval=_real("interval", given.one("interval")),
+    )  # fmt: skip
+    return _print(made)
 
 
-def _usage(path: str, _words: list[str], options: dict[str, list[str]], _command: list[str]) -> int:
-    job = call(path, "Usage", job=_job(options))["job"]
-    if "json" in options:
-        _print(job)
+def _track(given: Given) -> int:
+    ways = given.options.keys() & {"pid", "environment", "login", "group"}
+    if len(ways) != 1:
+        raise hookcall.UsageError("track needs one of --pid, --environment, --login and --group")
+    if "pid" in ways:
+        given.call("Attach", job=given.job, pid=_optional(given, "pid", 1))
         return 0
-    totals = job["totals"]
+    if "environment" in ways:
+        given.pairs("environment")
+    found = given.call(
+        "Track", job=given.job, environment=given.one("environment"), login=given.one("login"),
+        group=_optional(given, "group", 1, (1 << 32) - 2),
+    )  # fmt: skip
+    sys.stdout.write("".join(f"{pid}\n" for pid in found["pids"]))
+    return 0
 
-    def total(name: str) -> int:
-        return sum(totals.get(name, {}).values())
 
-    # condor_procd's procd_ctl says it in these words.
-    lines = [
-        f"Number of Processes: {len(job['pids'])}",
-        f"User CPU Time (s): {total('cpu_user') / 1e9:.6f}",
-        f"System CPU Time (s): {total('cpu_system') / 1e9:.6f}",
-        f"Maximum Image Size (KB): {-(-total('memory_peak') // 1024)}",
-        f"Total Resident Set Size (KB): {-(-total('memory_resident') // 1024)}",
-        f"Block Read Bytes: {total('block_read')}",
-        f"Block Write Bytes: {total('block_write')}",
+def _attach(given: Given) -> int:
+    given.call("Attach", job=given.job, pid=_number("pid", given.word("PID"), 1))
+    return 0
+
+
+def _usage(given: Given) -> int:
+    if len(given.options.keys() & {"json", "classad"}) > 1:
+        raise hookcall.UsageError("usage prints --classad or --json, not both")
+    answer = given.call("Usage", job=given.job)
+    if "json" in given.options:
+        return _print(answer["job"])
+    sys.stdout.write(answer["classad"] if "classad" in given.options else _usage_text(answer["job"]))
+    return 0
+
+
+def _usage_text(job: hookcall.Answer) -> str:
+    """What procd_ctl GET_USAGE prints, in its words, without a line for what is unknown; then what we have more."""
+    totals: dict[str, dict[str, int]] = job["totals"]
+
+    def total(*names: str) -> int | None:
+        known = [sum(totals[name].values()) for name in names if name in totals]
+        return sum(known) if known else None
+
+    def kib(value: int | None) -> int | None:
+        return None if value is None else -(-value // 1024)
+
+    user, system, wall = total("cpu_user"), total("cpu_system"), job["wall_ns"]
+    both = None if user is None or system is None or wall <= 0 else f"{100 * (user + system) / wall:f}"
+    lines: list[tuple[str, object]] = [
+        ("Number of Processes", len(job["pids"])),
+        ("User CPU Time (s)", None if user is None else f"{user / 1e9:.6f}"),
+        ("System CPU Time (s)", None if system is None else f"{system / 1e9:.6f}"),
+        ("CPU Percentage (%)", both),
+        ("Maximum Image Size (KB)", kib(total("memory_peak"))),
+        ("Total Image Size(KB)", kib(total("memory_resident", "memory_file", "memory_kernel"))),
+        ("Bytes read from block devices (KB)", kib(total("block_read"))),
+        ("Bytes written to block devices (KB)", kib(total("block_write"))),
+        ("Resident Set Size (KB)", kib(total("memory_resident"))),
+        ("Maximum Resident Set Size (KB)", kib(total("memory_resident_peak"))),
     ]
-    lines += [f"Network {rule} Bytes: {count}" for rule, count in sorted(totals.get("network", {}).items())]
-    sys.stdout.write("\n".join(lines) + "\n")
+    lines += [(f"Network {rule} Bytes", count) for rule, count in sorted(totals.get("network", {}).items())]
+    return "".join(f"{name}: {value}\n" for name, value in lines if value is not None)
+
+
+def _signal(given: Given) -> int:
+    given.call("Signal", job=given.job, signal=_number("signal", given.word("NUMBER"), 1, 64))
     return 0
 
 
-def _signal(path: str, words: list[str], options: dict[str, list[str]], _command: list[str]) -> int:
-    if len(words) != 1:
-        raise HookError("signal needs one number", EXIT_USAGE)
-    call(path, "Signal", job=_job(options), signal=_number("signal", words[0]))
+def _suspend(given: Given) -> int:
+    given.call("Suspend", job=given.job)
     return 0
 
 
-def _finish(path: str, _words: list[str], options: dict[str, list[str]], _command: list[str]) -> int:
-    ending = {}
-    for option, name in (("exit-code", "exit_code"), ("exit-signal", "exit_signal")):
-        if option in options:
-            ending[name] = _number(option, options[option][-1])
-    answer = call(path, "Finish", job=_job(options), **ending)
-    if "json" in options:
-        _print(answer["record"])
-    else:
-        sys.stdout.write(answer["classad"])
+def _continue(given: Given) -> int:
+    given.call("Continue", job=given.job)
     return 0
 
 
-def _plain(method: str):  # type: ignore[no-untyped-def]  # a maker of verbs
-    def act(path: str, _words: list[str], options: dict[str, list[str]], _command: list[str]) -> int:
-        answer = call(path, method, job=_job(options))
-        if answer.get("survivors"):
-            raise HookError(f"processes {answer['survivors']} do not die on SIGKILL; see their state", 71)
-        return 0
-
-    return act
-
-
-def _list(path: str, _words: list[str], _options: dict[str, list[str]], _command: list[str]) -> int:
-    for job in call(path, "List")["jobs"]:
-        sys.stdout.write(f"{job['id']} {job['owner']} {job['phase']} {len(job['pids'])}\n")
+def _kill(given: Given) -> int:
+    survivors = given.call("Kill", job=given.job)["survivors"]
+    if survivors:
+        pids = ", ".join(map(str, survivors))
+        raise hookcall.HookError(f"processes {pids} do not die on SIGKILL; see their state in ps", _EX_OSERR)
     return 0
 
 
-def _dump(path: str, _words: list[str], _options: dict[str, list[str]], _command: list[str]) -> int:
-    _print(call(path, "List")["jobs"])
+def _finish(given: Given) -> int:
+    code, number = _optional(given, "exit-code", 0, 255), _optional(given, "exit-signal", 1, 64)
+    if code is not None and number is not None:
+        raise hookcall.UsageError("a job ends by --exit-code or by --exit-signal, not by both")
+    return _account(given, given.call("Finish", job=given.job, exit_code=code, exit_signal=number))
+
+
+def _unregister(given: Given) -> int:
+    return _account(given, given.call("Unregister", job=given.job))
+
+
+def _account(given: Given, answer: hookcall.Answer) -> int:
+    """Print a signed-off record."""
+    if "json" in given.options:
+        return _print(answer["record"])
+    sys.stdout.write(answer["classad"])
     return 0
 
 
-def _node(method: str):  # type: ignore[no-untyped-def]  # a maker of verbs
-    def act(path: str, _words: list[str], _options: dict[str, list[str]], _command: list[str]) -> int:
-        call(path, method)
-        return 0
-
-    return act
-
-
-def _print(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+def _list(given: Given) -> int:
+    for job in given.call("List")["jobs"]:
+        parent = job.get("parent") or "-"
+        sys.stdout.write(f"{job['id']} {job['owner']} {job['phase']} {len(job['pids'])} {parent}\n")
+    return 0
 
 
-_VERBS = {
-    "create": _create, "exec": _exec, "attach": _attach, "usage": _usage, "signal": _signal,
-    "suspend": _plain("Suspend"), "continue": _plain("Continue"), "kill": _plain("Kill"), "finish": _finish,
-    "list": _list, "dump": _dump, "snapshot": _node("Snapshot"), "quit": _node("Quit"),
+def _dump(given: Given) -> int:
+    return _print(given.call("List")["jobs"])
+
+
+def _snapshot(given: Given) -> int:
+    given.call("Snapshot")
+    return 0
+
+
+def _quit(given: Given) -> int:
+    given.call("Quit")
+    return 0
+
+
+def _exec(given: Given) -> int:
+    if not given.command:
+        raise hookcall.UsageError("exec needs a command, after --")
+    if {"fail-open", "fail-closed"} <= given.options.keys():
+        raise hookcall.UsageError("exec takes --fail-open or --fail-closed, not both")
+    from acctd import hookexec  # only here: the other verbs need none of it
+
+    return hookexec.run(
+        given.path, given.job, given.command, user=given.one("user"), fail_open="fail-open" in given.options
+    )
+
+
+# What is known: options, verbs, and the help made of them
+
+_LIMITS: "dict[str, Callable[[str, str], object]]" = {
+    "memory": _size, "memory-soft": _size, "swap": _size, "cpus": _real, "cpu-shares": _number, "cpuset": _text,
+    "pids": _number,
 }  # fmt: skip
+_SEVERAL = {"tag", "class"}
+
+# What stands for the value ("": a flag), and what it means.
+_OPTIONS = {
+    "job": ("ID", "which job"),
+    "socket": ("PATH", f"the agent's socket; else $ACCTD_SOCKET, else {_SOCKET}"),
+    "parent": ("ID", "make it a family inside that job"),
+    "pid": ("PID", "a running process"),
+    "watcher": ("PID", "give the job up when this process ends"),
+    "interval": ("S", "read it at least every S seconds"),
+    "tag": ("KEY=VALUE", "for the record; may be given several times"),
+    "user": ("USER", "the job's owner, a name or number"),
+    "network": ("MODE", "nat (own pipe), host, none or parent"),
+    "class": ("NAME=CIDR,...", "count what goes there by itself; may be given several times"),
+    "memory": ("BYTES", "hard limit; K, M, G and T are powers of 1024, as in all sizes"),
+    "memory-soft": ("BYTES", "what it is squeezed to when the host runs short of memory"),
+    "swap": ("BYTES", "limit of swap, beside the memory"),
+    "cpus": ("N", "cores, such as 1.5"),
+    "cpu-shares": ("N", "weight among busy jobs; 1024 is one ordinary job"),
+    "cpuset": ("LIST", "CPUs it may run on, such as 0-3,8"),
+    "pids": ("N", "limit of processes and threads"),
+    "environment": ("NAME=VALUE", "processes that carry this in their environment"),
+    "login": ("USER", "processes of this user"),
+    "group": ("GID", "processes with this supplementary group"),
+    "fail-open": ("", "where no agent answers, start the command unaccounted and put that on record"),
+    "fail-closed": ("", "where no agent answers, do not start it; the default"),
+    "exit-code": ("N", "how the job's main process ended"),
+    "exit-signal": ("N", "the signal that ended it"),
+    "json": ("", "all of it, as JSON"),
+    "classad": ("", "as a ClassAd"),
+}  # fmt: skip
+
+# What does it, the words it takes, what it does, its options.
+_VERBS = {
+    "create": (
+        _create, "", "Make a job's cgroups and pipe. Prints what a launcher needs, as JSON.",
+        ("job", "user", "network", "class", "tag", "parent", "watcher", "interval", *_LIMITS),
+    ),
+    "exec": (
+        _exec, "-- COMMAND...", "Enter a job: its pipe and its cgroups, as its owner; then become the command.",
+        ("job", "fail-open", "fail-closed", "user"),
+    ),
+    "attach": (_attach, "PID", "Put a running process, and what it starts from now on, into a job.", ("job",)),
+    "register": (
+        _register, "", "Take a running process and its descendants as a new family. Prints what was made, as JSON.",
+        ("job", "pid", "parent", "watcher", "interval", "tag"),
+    ),
+    "track": (
+        _track, "", "Put a process into a job; or all, now and later, that share a mark. Prints the pids found.",
+        ("job", "pid", "environment", "login", "group"),
+    ),
+    "unregister": (
+        _unregister, "", "End a family but not its processes, which go on in its parent. Prints its record.",
+        ("job", "json"),
+    ),
+    "usage": (_usage, "", "What a job has used, read now; in procd_ctl's words.", ("job", "classad", "json")),
+    "signal": (_signal, "NUMBER", "Send a signal to every process of a job.", ("job",)),
+    "suspend": (_suspend, "", "Stop every process of a job.", ("job",)),
+    "continue": (_continue, "", "Let a suspended job go on.", ("job",)),
+    "kill": (_kill, "", "End every process of a job. The job stays until it is finished.", ("job",)),
+    "finish": (
+        _finish, "", "End what is left, read for the last time, print the record. Twice is fine.",
+        ("job", "exit-code", "exit-signal", "json"),
+    ),
+    "list": (_list, "", "One line a job: id, owner, phase, processes, parent.", ()),
+    "dump": (_dump, "", "All that is known of every job, as JSON.", ()),
+    "snapshot": (_snapshot, "", "Read all jobs now.", ()),
+    "quit": (_quit, "", "Stop the agent. Jobs go on.", ()),
+}  # fmt: skip
+
+
+def _help() -> str:
+    lines = ["usage: acctd-hook [--socket PATH] VERB [--job ID] [OPTIONS]", ""]
+    lines += [f"  {verb:<11}{about}" for verb, (_, _, about, _) in _VERBS.items()]
+    lines += ["", "acctd-hook VERB --help tells a verb's options. Exit codes: 0 done; 64 the call makes no sense;"]
+    lines += ["66 no such job; 69 no agent answers; 71 the kernel refused; 73 taken; 75 try later; 77 not permitted."]
+    return "\n".join(lines) + "\n"
+
+
+def _help_of(verb: str) -> str:
+    _, words, about, options = _VERBS[verb]
+    job = " --job ID" if "job" in options else ""
+    more = " [OPTIONS]" if set(options) - {"job"} else ""
+    lines = [f"usage: acctd-hook {verb}{job}{more}{' ' if words else ''}{words}", "", about, ""]
+    for name in (*options, "socket"):
+        what, meaning = _OPTIONS[name]
+        option = f"--{name} {what}".rstrip()
+        lines.append(f"  {option:<24} {meaning}")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

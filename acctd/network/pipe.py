@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from acctd.errors import KernelRefusedError
+from acctd.errors import InUseError, KernelRefusedError, NotPermittedError
 from acctd.kernel import netns, rtnetlink
 from acctd.network.pool import Lease
 
@@ -20,21 +20,11 @@ _LO = 1  # the loopback's index in every network namespace
 def make(path: Path, lease: Lease) -> int:
     """Make the pipe; gives a descriptor of the job's namespace, which the caller closes. On failure nothing is left."""
     namespace = netns.create(path)
-    made = False
     try:
-        with rtnetlink.RouteSocket() as outside:
-            outside.apply(rtnetlink.veth(lease.ifname, INNER, namespace))
-            made = True
-            index = _index(lease.ifname)
-            wanted = [rtnetlink.address(index, lease.outer4, 31)]
-            if lease.outer6 is not None:
-                wanted.append(rtnetlink.address(index, lease.outer6, 127))
-            outside.apply(*wanted)
-        netns.inside(namespace, lambda: _furnish(lease))
+        _lay(lease, namespace)
     except BaseException:
         os.close(namespace)
-        # A link of that name which we did not make is somebody else's pipe.
-        remove(path, lease.ifname if made else None)
+        netns.remove(path)
         raise
     return namespace
 
@@ -51,6 +41,31 @@ def make_empty(path: Path) -> int:
     return namespace
 
 
+def move(path: Path, lease: Lease | None, *, pid: int, uid: int) -> int:
+    """Give the job the network namespace of a process of `uid` for its own, and lay its pipe there.
+
+    For owners who enter without root: nothing may have run in the job so far. Gives a descriptor of the new namespace,
+    which the caller closes, as it does the one it has of the old. The outer end has the same name and addresses as
+    before, so the chain goes on matching. On failure the pipe is back where it was.
+
+    The namespace must belong to a user namespace that `uid` made, and to no job: not the node's own, not another
+    user's. Raises NotPermittedError if it is one of these, NotFoundError if the process is gone, InUseError if the pipe
+    has been moved before.
+    """
+    namespace = netns.of_process(pid, uid)
+    try:
+        old = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _check_move(path, old, namespace, uid)
+            _move(path, lease, old, namespace)
+        finally:
+            os.close(old)
+    except BaseException:
+        os.close(namespace)
+        raise
+    return namespace
+
+
 def remove(path: Path, ifname: str | None) -> None:
     """Take the pipe away. On return not one more packet of the job can reach its chain. Nothing there is fine.
 
@@ -58,10 +73,81 @@ def remove(path: Path, ifname: str | None) -> None:
     call itself returns some 20 ms later, after waiting for the last readers. The news is all that exactness needs, so
     the call runs on a thread of its own.
     """
-    index = rtnetlink.link_index(ifname) if ifname else None
+    if ifname is not None:
+        _remove_outer(ifname)
+    netns.remove(path)
+
+
+def _check_move(path: Path, old: int, namespace: int, uid: int) -> None:
+    own = netns.own_user_namespace()
+    if netns.owner(old).user_namespace != own:
+        raise InUseError(f"the pipe of {path.name} has been moved to its owner's namespace already; join that one")
+    owner = netns.owner(namespace)
+    if owner.user_namespace == own or owner.uid != uid:
+        raise NotPermittedError(
+            f"the network namespace to move the pipe to belongs to uid {owner.uid}; it must be a new one, in a user "
+            f"namespace that uid {uid} made"
+        )
+    this = os.fstat(namespace)
+    for other in path.parent.iterdir():
+        try:
+            same = os.path.samestat(other.stat(), this)
+        except FileNotFoundError:
+            continue  # a job that has just ended
+        if same:
+            raise NotPermittedError(
+                f"the network namespace to move the pipe to is that of job {other.name}; make another"
+            )
+
+
+def _move(path: Path, lease: Lease | None, old: int, namespace: int) -> None:
+    if lease is None:
+        netns.inside(namespace, _loopback_up)
+        _rename(path, old, namespace)
+        return
+    # Made anew and not moved: the owner of a namespace can rename, move or remove a link in there at any moment.
+    _remove_outer(lease.ifname)
+    try:
+        _lay(lease, namespace)
+        try:
+            _rename(path, old, namespace)
+        except BaseException:
+            _remove_outer(lease.ifname)
+            raise
+    except BaseException:
+        _lay(lease, old)
+        raise
+
+
+def _rename(path: Path, old: int, namespace: int) -> None:
+    try:
+        netns.rename(path, namespace)
+    except BaseException:
+        netns.rename(path, old)
+        raise
+
+
+def _lay(lease: Lease, namespace: int) -> None:
+    """A veth pair from here into a namespace, both ends with their addresses. On failure no link of it is left."""
+    with rtnetlink.RouteSocket() as outside:
+        # Refused where a link of that name exists, which is somebody else's pipe and stays.
+        outside.apply(rtnetlink.veth(lease.ifname, INNER, namespace))
+        try:
+            index = _index(lease.ifname)
+            wanted = [rtnetlink.address(index, lease.outer4, 31)]
+            if lease.outer6 is not None:
+                wanted.append(rtnetlink.address(index, lease.outer6, 127))
+            outside.apply(*wanted)
+            netns.inside(namespace, lambda: _furnish(lease))
+        except BaseException:
+            _remove_outer(lease.ifname)
+            raise
+
+
+def _remove_outer(ifname: str) -> None:
+    index = rtnetlink.link_index(ifname)
     if index is not None:
         _remove_link(index)
-    netns.remove(path)
 
 
 def _remove_link(index: int) -> None:

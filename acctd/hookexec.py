@@ -1,0 +1,204 @@
+"""acctd-hook exec: enter a job and become its command; or, where no agent answers, start it unaccounted and say so.
+
+Root enters by setns and becomes the job's owner. The owner enters by a user namespace, see enter.py. Loaded for `exec`
+alone. Standard library only.
+"""
+
+import os
+import sys
+import time
+
+# As in hookcall.py: socket itself would cost as much as all else.
+from _socket import AF_UNIX, SOCK_DGRAM
+from _socket import socket as Socket  # noqa: N812  # a class
+
+from acctd import helper, hookcall
+
+_EX_NOUSER, _EX_OSERR, _TAKEN = 66, 71, 73
+_LOG = "/dev/log"
+_PRIORITY = 28  # daemon.warning, syslog(3)
+_UNACCOUNTED = "unaccounted"
+_ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._@:+[]-")
+
+_SUDOERS = "let job owners run acctd-hook by sudo, see docs/hook.md"
+
+
+def run(path: str, job: str, command: list[str], *, user: str | None, fail_open: bool) -> int:
+    """Become the command, inside the job. Returns an exit code only if the command cannot be started.
+
+    Raises HookError; nothing has been started then.
+    """
+    if fail_open and os.geteuid() == 0 and user is None and _sudo_uid() is None:
+        raise hookcall.UsageError("for root --fail-open needs --user USER: without an agent nobody says who to become")
+    way = _Way(path, job)
+    try:
+        way.go()
+    except hookcall.HookError as e:
+        if not (e.unreachable and fail_open):
+            raise
+        if not _ID_CHARACTERS.issuperset(job) or not 0 < len(job) <= 128:
+            raise hookcall.UsageError(f"job {job!r} is no job id") from None
+        if os.geteuid() == 0 and way.account is None:
+            way.account = _account(user)
+        _put_on_record(path, job, command, str(e))
+    way.shed()
+    code = helper.become(command)
+    sys.stderr.write(f"acctd-hook: command {command[0]!r} cannot be started; check its name, PATH and rights\n")
+    return code
+
+
+class _Way:
+    """The way into one job, as far as it has been gone."""
+
+    def __init__(self, path: str, job: str) -> None:
+        self._path, self._job = path, job
+        self.account: tuple[int, int, list[int], dict[str, str]] | None = None
+        self._capable = False
+
+    def go(self) -> None:
+        """Into the network, then into the cgroups."""
+        entry = hookcall.call(self._path, "Entry", job=self._job)
+        sudo = _sudo_uid()
+        if sudo not in (None, entry["uid"]):
+            said = f"job {self._job} belongs to uid {entry['uid']}, and sudo was called by uid {sudo}; unset SUDO_UID"
+            raise hookcall.HookError(f"{said} to enter it as root", hookcall.EX_NOPERM)
+        self.account = (entry["uid"], entry["gid"], entry["groups"], entry["environment"])
+        if entry["netns"] is not None:
+            self._enter(entry["netns"])
+        # Last before we give up our rights, so that little of Python's own doing is billed.
+        hookcall.call(self._path, "Attach", job=self._job)
+
+    def shed(self) -> None:
+        """Root becomes the owner; the owner gives up what the user namespace gave."""
+        if os.geteuid() == 0:
+            if self.account is None:
+                raise hookcall.HookError(f"nobody says whom to become for job {self._job}", hookcall.EX_NOPERM)
+            uid, gid, groups, environment = self.account
+            os.setgroups(groups)
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+            if uid != 0:
+                os.environ.update(environment)
+        elif self._capable:
+            from acctd import enter
+
+            try:
+                enter.drop_capabilities()
+            except OSError as e:
+                said = f"cannot give up the capabilities of a user namespace: {e.strerror}"
+                raise hookcall.HookError(f"{said}; {_SUDOERS}", _EX_OSERR) from None
+
+    def _enter(self, name: str) -> None:
+        try:
+            namespace = _opened(name)
+            if os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/net")):
+                return  # a family that shares its parent's, entered from inside
+            if os.geteuid() == 0:
+                helper.enter_network(namespace)
+                return
+        except OSError as e:
+            raise hookcall.HookError(
+                f"cannot enter the network {name} of job {self._job}: {e.strerror}", _EX_OSERR
+            ) from None
+        self._enter_as_owner(name, namespace)
+
+    def _enter_as_owner(self, name: str, namespace: int) -> None:
+        from acctd import enter
+
+        step = f"read {name}"
+        try:
+            if not enter.is_ours(namespace):
+                step = "make namespaces"
+                refusal = enter.in_new_namespaces(self._move_pipe).decode()
+                namespace = _opened(name)
+                if refusal:
+                    code, unreachable, said = refusal.split(" ", 2)
+                    # Taken: another exec of the same job may have been first, and is joined.
+                    if int(code) != _TAKEN or not enter.is_ours(namespace):
+                        raise hookcall.HookError(said, int(code), unreachable=unreachable == "1")
+            step = "join the job's"
+            enter.join(namespace)
+        except OSError as e:
+            said = f"cannot enter job {self._job} without root: cannot {step}: {e.strerror}"
+            raise hookcall.HookError(f"{said}; {_SUDOERS}", hookcall.EX_NOPERM) from None
+        self._capable = True
+
+    def _move_pipe(self) -> bytes:
+        """In the child that is in the new namespaces; what to tell its parent."""
+        try:
+            hookcall.call(self._path, "MovePipe", job=self._job)
+        except hookcall.HookError as e:
+            return f"{e.code} {int(e.unreachable)} {e}".encode()
+        return b""
+
+
+def _opened(name: str) -> int:
+    return os.open(name, os.O_RDONLY | os.O_CLOEXEC)  # the exec closes it
+
+
+def _sudo_uid() -> int | None:
+    """Who called sudo, where root is root by it: root then acts for that user, and enters no other's job."""
+    text = os.environ.get("SUDO_UID", "")
+    return int(text) if os.geteuid() == 0 and text.isascii() and text.isdecimal() and int(text) != 0 else None
+
+
+def _account(user: str | None) -> tuple[int, int, list[int], dict[str, str]]:
+    """Whom to become where no agent says. Raises HookError."""
+    import pwd
+
+    sudo = _sudo_uid()
+    name = user if user is not None else str(sudo)
+    try:
+        entry = pwd.getpwuid(int(name)) if name.isascii() and name.isdecimal() else pwd.getpwnam(name)
+    except (KeyError, OverflowError):
+        raise hookcall.HookError(f"user {name!r} does not exist on this host; name one that does", _EX_NOUSER) from None
+    if sudo not in (None, entry.pw_uid):
+        raise hookcall.HookError(f"user {name!r} is not who called sudo (uid {sudo})", hookcall.EX_NOPERM)
+    environment = {"HOME": entry.pw_dir, "SHELL": entry.pw_shell, "USER": entry.pw_name, "LOGNAME": entry.pw_name}
+    return entry.pw_uid, entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid), environment
+
+
+# The record of what went unaccounted: needs no agent
+
+
+def _put_on_record(path: str, job: str, command: list[str], reason: str) -> None:
+    said = f"job {job} starts unaccounted, as --fail-open asks: {reason}"
+    logged, kept = _log(said), _keep(path, job, command, reason)
+    places = [place for place, done in (("the system log", logged), (kept or "", kept)) if done]
+    sys.stderr.write(f"acctd-hook: {said}; on record in {' and '.join(places) or 'no other place than here'}\n")
+
+
+def _log(said: str) -> bool:
+    """One line in the system log, if there is one that takes it now."""
+    log = Socket(AF_UNIX, SOCK_DGRAM)
+    try:
+        log.setblocking(False)
+        log.connect(_LOG)
+        log.send(f"<{_PRIORITY}>acctd-hook[{os.getpid()}]: {said}".encode())
+    except OSError:
+        return False
+    finally:
+        log.close()
+    return True
+
+
+def _keep(path: str, job: str, command: list[str], reason: str) -> str | None:
+    """A file for the agent to find when it starts, beside its socket. Root's alone; None where it could not be made.
+
+    The directory is the agent's to make, and must be one that only root can change: the socket's path may come from
+    a job's environment.
+    """
+    if os.geteuid() != 0:
+        return None
+    directory, name = os.path.join(os.path.dirname(path), _UNACCOUNTED), f"{job}.{os.getpid()}"
+    fact = {"job": job, "time": time.time(), "pid": os.getpid(), "command": command[0], "reason": reason}
+    try:
+        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        found = os.fstat(place)
+        if found.st_uid != 0 or found.st_mode & 0o022:
+            return None
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.write(os.open(name, flags, 0o600, dir_fd=place), hookcall.to_json(fact).encode() + b"\n")
+    except OSError:
+        return None
+    return os.path.join(directory, name)
