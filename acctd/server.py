@@ -27,8 +27,9 @@ from acctd.errors import AcctdError, NotPermittedError
 from acctd.methods import Methods
 from acctd.shares import PER_USER, WATCHES_PER_USER, Once, Share, Shares
 
-BACKLOG = 1024
-"""Connections that wait to be accepted. Above it connect(2) waits, or says EAGAIN to those who do not want to wait."""
+BACKLOG = 4096
+"""Connections that wait to be accepted; the kernel takes no more than net.core.somaxconn, 4096 as a rule. With so many
+connect(2) waits, or gives EAGAIN to a socket that does not block: a client sets SO_SNDTIMEO, not O_NONBLOCK."""
 
 IDLE = 300.0
 """s without a call, after which an ordinary user's connection is closed. Root's may be silent."""
@@ -192,6 +193,7 @@ class Server:
             if e.kind != "idle":  # nothing wrong with that
                 self._once.tell(e.kind, f"uid {peer.caller.uid}, pid {peer.caller.pid}: {e}; hung up")
             peer.tell(e.frame)
+            peer.decoder = varlink.Decoder()  # what it sent is of no use, and large as a rule
             await _see_off(peer.socket)
         except OSError:
             pass  # it went away: that is its right, and whatever it asked for is done

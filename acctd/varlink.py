@@ -24,7 +24,7 @@ from acctd.errors import (
 FRAME_LIMIT = 1 << 18
 """Bytes of one message at most: above a record with 4096-character tags, below what a flood could cost us."""
 
-READ = 1 << 16
+READ = 1 << 14
 """Bytes read at a time."""
 
 INTERFACE = "org.acctd.Node"
