@@ -5,10 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,6 +19,9 @@ from acctd.kernel import netns
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.ledger import FILE, Ledger
 from lab.topology import Topology
+
+if TYPE_CHECKING:
+    from tests.kernel.served import Served
 
 REPO = Path(__file__).parents[2]
 _serial = itertools.count()
@@ -155,3 +159,31 @@ def make_node(topology: Topology, directory: Path, backend: str = "auto") -> Ite
         scrub(base)
         for path in (directory / "run" / "netns").glob("*"):
             netns.remove(path)
+
+
+@pytest.fixture
+def served(each_backend: Node) -> Iterator["Served"]:
+    """A node with a living agent and either netfilter back end; jobs left open are finished at the end."""
+    from tests.kernel.served import Served  # it needs the Node of this file
+
+    made = Served(each_backend, None)  # type: ignore[arg-type]  # start() sets it
+    made.start()
+    yield made
+    if made.process.poll() is None:
+        for job in made.ok("List")["jobs"]:
+            made.call("Finish", job=job["id"])
+        assert made.stop() == 0
+
+
+@pytest.fixture
+def sleeper() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Makes processes that do nothing; all gone at the end."""
+    with ExitStack() as stack:
+
+        def start() -> subprocess.Popen[bytes]:
+            child = subprocess.Popen(["sleep", "1000"])
+            stack.callback(child.wait)
+            stack.callback(child.kill)
+            return child
+
+        yield start

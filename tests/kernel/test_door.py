@@ -24,7 +24,7 @@ import pytest
 from acctd import varlink
 from acctd.shares import HELD_PER_USER, PER_USER
 from tests.kernel.conftest import Node
-from tests.kernel.test_serve import Served
+from tests.kernel.served import Served
 
 CROWD, PROCESSES = 10_000, 4
 ATTACKER, BYSTANDER = 65534, 65533

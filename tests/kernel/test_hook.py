@@ -4,15 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import classad2
 
 from tests.kernel.conftest import REPO
-from tests.kernel.test_serve import Served, served, sleeper
-
-__all__ = ["served", "sleeper"]  # fixtures
+from tests.kernel.served import Served
 
 
 def hook(served: Served, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -43,14 +42,17 @@ def test_a_starters_whole_day(served: Served) -> None:
     assert hook(served, "finish", "--job", "12.3").stdout == done.stdout
 
 
-def test_a_running_process_is_attached_stopped_and_killed(served: Served, sleeper: subprocess.Popen[bytes]) -> None:
+def test_a_running_process_is_attached_stopped_and_killed(
+    served: Served, sleeper: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    child = sleeper()
     assert hook(served, "create", "--job", "a").returncode == 0
-    assert hook(served, "attach", "--job", "a", str(sleeper.pid)).returncode == 0
+    assert hook(served, "attach", "--job", "a", str(child.pid)).returncode == 0
     assert hook(served, "suspend", "--job", "a").returncode == 0
     assert hook(served, "continue", "--job", "a").returncode == 0
     assert hook(served, "signal", "--job", "a", "0").returncode == 64
     assert hook(served, "kill", "--job", "a").returncode == 0
-    assert sleeper.wait(20) == -9
+    assert child.wait(20) == -9
 
 
 def test_errors_are_one_sentence_with_a_code(served: Served) -> None:

@@ -12,8 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from acctd.errors import AcctdError, ConfigError, ExhaustedError, InUseError, NotFoundError, NotPermittedError
-from acctd.ledger import FILE, SCHEMA, Ledger, Place
+from acctd.errors import (
+    AcctdError,
+    ConfigError,
+    ExhaustedError,
+    InUseError,
+    LedgerError,
+    NotFoundError,
+    NotPermittedError,
+)
+from acctd.ledger import FILE, SCHEMA, Account, Ledger, Place, Rule, Terms, decode_row, encode_row, move_aside
+from acctd.meter import Stored
 from acctd.model import JobSpec, Limits, Owner, Record, parse_class
 
 OWNER = Owner(uid=1000, gid=100, name="ada")
@@ -67,26 +76,90 @@ def test_a_job_comes_back_as_it_was_written(ledger):
     assert (row.phase, row.slot, row.spec) == ("making", 1, SPEC)
 
 
-def test_phases_and_totals_survive_a_restart(path):
-    totals, kept = {"network": {"OutgoingCampus": 2**62}}, {"network": {"OutgoingCampus": 1}}
+def test_phases_and_accounts_survive_a_restart(path):
+    account = Account(
+        Stored(
+            {"network": {"OutgoingCampus": 2**62}}, {"network": {"OutgoingCampus": 1}}, [{"block_read": {"8:0": 3}}]
+        ),
+        *("h7", ("a note",), {"8:0": False}, {"network": {"OutgoingCampus": 4}}),
+    )
+    terms = Terms("1:2", 0.5, (Rule(login="ada"), Rule(group=9)), "3:4", 17, moved=True)
     with Ledger(path) as before:
         row = open_job(before)
+        before.made(row.seq)
+        assert before.open_jobs()[0].phase == "made"
         before.begin(row.seq, 99)
-        before.store_totals(row.seq, totals, kept, 500)
+        before.store([(row.seq, account)], 500)
+        before.set_terms(row.seq, terms)
     with Ledger(path) as after:
         (found,) = after.open_jobs()
-        assert (found.phase, found.boot_ns, found.seen_ns, found.totals, found.kept) == (
-            "running",
-            99,
-            500,
-            totals,
-            kept,
-        )
+        assert found == replace(row, phase="running", boot_ns=99, seen_ns=500, account=account, terms=terms)
         after.sign_off(row.seq, record(SPEC.id))
         assert after.open_jobs()[0].phase == "closed"
         after.forget(row.seq)
         assert after.open_jobs() == []
         assert after.record(SPEC.id) == record(SPEC.id)
+
+
+def test_a_family_tells_its_parent_with_its_record(ledger):
+    parent = open_job(ledger)
+    child = ledger.open_job(
+        replace(SPEC, id="child", parent=SPEC.id),
+        PLACE,
+        slots=None,
+        boot_id="b",
+        boot_ns=7,
+        keeper="",
+        parent=parent.seq,
+    )
+    for _ in range(2):
+        ledger.sign_off(
+            child.seq, record("child"), elsewhere={"network": {"OutgoingCampus": 5}}, lost={"block_read": {"8:0": 7}}
+        )
+        ledger.forget(child.seq)
+        child = ledger.reinstate(replace(child, seq=0, phase="running"))
+    account = next(row for row in ledger.open_jobs() if row.seq == parent.seq).account
+    assert account.families == {"network": {"OutgoingCampus": 10}}
+    assert account.meter.pending == [{"block_read": {"8:0": 7}}] * 2
+
+
+def test_a_row_outside_the_ledger_comes_back_as_it_was(ledger):
+    row = replace(open_job(ledger), account=Account(Stored({"cpu_user": {"": 3}})), terms=Terms(watcher="1:2"))
+    assert decode_row(encode_row(row)) == row
+
+
+def test_events_are_numbered_and_found_again(ledger):
+    made = [ledger.add_event(job, "told", f"{n}") for n, job in enumerate(["a", None, "b", "a"])]
+    assert [event.number for event in made] == [1, 2, 3, 4]
+    assert ledger.events() == made
+    assert ledger.events(since=2) == made[2:]
+    assert ledger.events(job="a") == [made[0], made[3]]
+    assert ledger.events(limit=1) == made[3:]
+
+
+def test_old_events_go(ledger, monkeypatch):
+    monkeypatch.setattr("acctd.ledger.EVENTS_KEPT", 1500)
+    for number in range(3000):
+        ledger.add_event(None, "told", str(number))
+    assert [event.text for event in ledger.events(limit=5000)] == [str(number) for number in range(1500, 3000)]
+
+
+@pytest.mark.parametrize("harm", ["header", "page"])
+def test_a_corrupt_file_is_known_and_moved_aside(path, harm):
+    with Ledger(path) as whole:
+        for number in range(200):
+            finish(whole, f"r{number}")
+    with open(path, "r+b") as file:
+        file.seek(0 if harm == "header" else 4096 * 3)
+        file.write(b"not a ledger page at all, " * 300)
+    with pytest.raises(LedgerError, match="corrupt") as caught, Ledger(path) as broken:
+        broken.check()
+    assert caught.value.corrupt
+    aside = move_aside(path)
+    assert aside.exists()
+    with Ledger(path) as fresh:
+        fresh.check()
+        assert fresh.records() == []
 
 
 def test_an_id_in_use_takes_no_lease(ledger):
@@ -214,7 +287,7 @@ def test_a_newer_schema_is_left_alone(path):
 def test_a_file_that_is_no_ledger(path, content):
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(AcctdError, match=r"ledger .*ledger\.sqlite: .*; see that the disk is not full"):
+    with pytest.raises(AcctdError, match=r"ledger .*ledger\.sqlite is corrupt .*; acctd serve moves it aside"):
         Ledger(path)
     assert path.read_bytes() == content
 
