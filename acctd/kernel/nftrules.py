@@ -1,4 +1,4 @@
-"""One nf_tables table of family inet, read over raw netlink: its rules' counters, chains and verdict maps.
+"""One nf_tables table of family inet, read over raw netlink: its rules' counters, chains, sets and verdict maps.
 
 Reads; changes are libnftables' part, but for sets that may be in use, which it cannot try to remove cheaply. Why not
 libnftables here too: its JSON listing of 1000 jobs costs ten times as much.
@@ -19,104 +19,66 @@ from typing import Generic, NamedTuple, TypeVar
 from acctd.errors import KernelRefusedError
 from acctd.kernel.nfnetlink import (
     HEADERS,
-    NLM_F_DUMP_INTR,
     Buffer,
     Dump,
     NfnetlinkSocket,
     attribute,
-    attributes,
     malformed,
     messages,
     nested,
 )
 from acctd.kernel.nfnetlink import text as text_attribute
+from acctd.kernel.nftmessages import (
+    INET,
+    NFTABLES,
+    Base,
+    Generation,
+    Known,
+    Rule,
+    Table,
+    incarnation,
+    parse_bounds,
+    parse_chain,
+    parse_generation,
+    parse_gotos,
+    parse_rules,
+    parse_table,
+)
 
-_NFTABLES = 10 << 8  # NFNL_SUBSYS_NFTABLES
-_GETTABLE = _NFTABLES | 1
-_GETCHAIN = _NFTABLES | 4
-_NEWRULE = _NFTABLES | 6
-_GETRULE = _NFTABLES | 7
-_DELSET = _NFTABLES | 11
-_GETSETELEM = _NFTABLES | 13
-_GETGEN = _NFTABLES | 16
-_INET = 1  # NFPROTO_INET
+_GETTABLE = NFTABLES | 1
+_GETCHAIN = NFTABLES | 4
+_GETRULE = NFTABLES | 7
+_DELSET = NFTABLES | 11
+_GETSETELEM = NFTABLES | 13
+_GETGEN = NFTABLES | 16
 _UNSPEC = 0
 
 _TABLE_NAME = 1
 _CHAIN_TABLE, _CHAIN_NAME = 1, 3
-_RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS, _RULE_USERDATA = 1, 2, 4, 7
-_LIST_ELEM, _EXPR_NAME, _EXPR_DATA, _COUNTER_BYTES, _COUNTER_PACKETS = 1, 1, 2, 1, 2
+_RULE_TABLE, _RULE_CHAIN = 1, 2
 _SET_TABLE, _SET_NAME = 1, 2
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS = 1, 2, 3
-_ELEMENT_KEY, _ELEMENT_DATA, _DATA_VALUE, _DATA_VERDICT, _VERDICT_CHAIN = 1, 2, 1, 2, 2
-_GEN_ID = 1
+_LIST_ELEM, _ELEMENT_KEY, _DATA_VALUE = 1, 1, 1
 _IFNAMSIZ = 16
-_USERDATA_COMMENT = 0  # libnftnl/udata.h: one byte type, one byte length, value
+_ATTEMPTS = 20
 
 T = TypeVar("T")
 
 
-class Rule(NamedTuple):
-    """One rule of a dump. `counter` is where its bytes and its packets (big-endian u64) stand in the buffer, if any."""
+class Shape(NamedTuple):
+    """What one chain consists of: its rules' comments in order, "" for none, and which making of it this is."""
 
-    chain: str
-    comment: str
-    counter: tuple[int, int] | None
-
-
-Known = dict[bytes, tuple[str, str, int, int]]
-"""Rules seen before: message less its counter -> chain, comment, places of bytes and packets within the message."""
-
-
-def parse_rules(buffer: bytes | bytearray, size: int, known: Known | None = None) -> tuple[list[Rule], Known]:
-    """All rules in a dump of NFT_MSG_NEWRULE messages, in their order. Raises KernelRefusedError on anything else.
-
-    `known` is what an earlier call returned: a message that equals one of then but for its counter is not parsed again.
-    """
-    rules: list[Rule] = []
-    seen: Known = {}
-    known = known or {}
-    for kind, flags, start, end in messages(buffer, size):
-        if kind != _NEWRULE:
-            raise malformed(f"message {kind:#x} among rules", start)
-        if flags & NLM_F_DUMP_INTR:
-            raise malformed("an interrupted dump", start)
-        # Name, header of the data, header and value of bytes, header and value of packets. Where the kernel orders them
-        # otherwise, the key holds a live value, is never met again, and the message is parsed every time.
-        cut = buffer.find(b"counter\0", start, end)
-        if cut < 0:
-            continue  # nothing counted here
-        key = bytes(buffer[start + HEADERS : cut + 16] + buffer[cut + 36 : end])
-        found = known.get(key)
-        if found is None:
-            rule = _parse_rule(buffer, start, end)
-            if rule.counter is None:
-                continue
-            found = rule.chain, rule.comment, rule.counter[0] - start, rule.counter[1] - start
-        seen[key] = found
-        chain, comment, octets, packets = found
-        rules.append(Rule(chain, comment, (start + octets, start + packets)))
-    return rules, seen
-
-
-def parse_comments(buffer: Buffer, size: int) -> list[str]:
-    """The comments of all rules in a dump, in their order, "" for none."""
-    return [_parse_rule(buffer, start, end).comment for _, _, start, end in messages(buffer, size)]
-
-
-def parse_gotos(buffer: Buffer, size: int) -> Iterator[tuple[str, str]]:
-    """Of a dump of a verdict map with text keys: each key and the chain it goes to."""
-    for _, _, start, end in messages(buffer, size):
-        for kind, first, last in attributes(buffer, start + HEADERS, end):
-            if kind == _ELEMENTS:
-                for _, at, to in attributes(buffer, first, last):
-                    yield _element(buffer, at, to)
+    comments: tuple[str, ...]
+    incarnation: str
 
 
 class Layout(Generic[T]):
-    """Where the counters of one generation's dump stand, and what they are called: the commented rules only."""
+    """Where the counters of one generation's dump stand, and what they are called: the commented rules only.
 
-    def __init__(self, rules: list[Rule], size: int, make: Callable[[int, int], T]) -> None:
+    `shapes` has every chain with all of its rules. `table` is the handle of the table that they are of.
+    """
+
+    def __init__(self, rules: list[Rule], size: int, make: Callable[[int, int], T], table: int) -> None:
         self.size = size
         self._make = make
         counted = sorted((rule for rule in rules if rule.counter and rule.comment), key=lambda rule: rule.counter or ())
@@ -138,6 +100,14 @@ class Layout(Generic[T]):
             (chain, [(comment, *first, more) for comment, (first, *more) in comments.items()])
             for chain, comments in chains.items()
         ]
+        whole: dict[str, tuple[list[str], list[int]]] = {}
+        for rule in rules:
+            comments, handles = whole.setdefault(rule.chain, ([], []))
+            comments.append(rule.comment)
+            handles.append(rule.handle)
+        self.shapes = {
+            chain: Shape(tuple(comments), incarnation(table, handles)) for chain, (comments, handles) in whole.items()
+        }
 
     def read(self, buffer: Buffer) -> dict[str, dict[str, T]]:
         """The counters of a dump of this generation, rules of one chain and comment added up."""
@@ -168,74 +138,103 @@ class TableReader(Generic[T]):
         self._layout: Layout[T] | None = None
         self._layout_generation = -1
         self._known: Known = {}
+        self._verdicts: dict[str, tuple[bytes, dict[str, str]]] = {}
         self._socket = netlink or NfnetlinkSocket()
 
-    def read(self) -> dict[str, dict[str, T]]:
-        """Chain -> comment -> count, from one dump; empty if there is no such table."""
+    def read(self) -> tuple[dict[str, dict[str, T]], dict[str, Shape]]:
+        """Chain -> comment -> count, and each chain's shape, from one dump; both empty if there is no such table."""
         # Asked before the dump: if a change slips in between, the dump's parts carry another generation.
-        generation = self._generation()
-        dump = self._socket.dump(_GETRULE, _INET, text_attribute(_RULE_TABLE, self._table))
-        if dump is None or not dump.size:
-            return {}
-        settled = dump.uniform == generation & 0xFFFF
+        generation = self.generation().number
         layout = self._layout
-        if layout is None or not settled or generation != self._layout_generation or layout.size != dump.size:
-            rules, self._known = parse_rules(dump.buffer, dump.size, self._known)
-            layout = Layout(rules, dump.size, self._make)
-            self._layout = layout if settled else None
-            self._layout_generation = generation
-        return layout.read(dump.buffer)
+        if layout is not None and generation == self._layout_generation:
+            dump = self._dump_rules()
+            if dump is not None and dump.uniform == generation & 0xFFFF and dump.size == layout.size:
+                return layout.read(dump.buffer), layout.shapes
+            generation = self.generation().number
+        dump, table = self._dump_with_table()
+        if dump is None or not dump.size:
+            return {}, {}
+        rules, self._known = parse_rules(dump.buffer, dump.size, self._known)
+        layout = Layout(rules, dump.size, self._make, table)
+        self._layout = layout if dump.uniform == generation & 0xFFFF else None
+        self._layout_generation = generation
+        return layout.read(dump.buffer), layout.shapes
 
-    def read_chain(self, chain: str) -> dict[str, T] | None:
-        """Comment -> count of one chain alone, at a cost that does not grow with the others; None if it is gone."""
-        dump = self._dump_rules(chain)
+    def read_chain(self, chain: str) -> tuple[dict[str, T], Shape] | None:
+        """Comment -> count of one chain alone, and its shape; None if it is gone or has no rules.
+
+        The cost does not grow with the other chains.
+        """
+        dump, table = self._dump_with_table(chain)
         if dump is None or not dump.size:
             return None
         rules, _ = parse_rules(dump.buffer, dump.size)
-        return Layout(rules, dump.size, self._make).read(dump.buffer).get(chain, {})
+        layout = Layout(rules, dump.size, self._make, table)
+        shape = layout.shapes.get(chain)
+        return (layout.read(dump.buffer).get(chain, {}), shape) if shape else None
 
-    def comments(self, chain: str) -> list[str]:
-        """The comments of one chain's rules, in their order; empty if there is no such chain."""
-        dump = self._dump_rules(chain)
-        return parse_comments(dump.buffer, dump.size) if dump else []
+    def shape(self, chain: str) -> Shape:
+        """One chain's shape; of one without rules, or that is not there, an empty one."""
+        found = self.read_chain(chain)
+        return found[1] if found else Shape((), "")
+
+    def generation(self) -> Generation:
+        """The namespace's ruleset of the moment, and the calling thread. Costs a few microseconds."""
+        answer = self._socket.ask(_GETGEN, _UNSPEC)
+        if answer is None:
+            raise malformed("no generation", 0)
+        return parse_generation(answer, 0, len(answer))
+
+    def table(self) -> Table | None:
+        """None if there is no such table."""
+        answer = self._socket.ask(_GETTABLE, INET, text_attribute(_TABLE_NAME, self._table))
+        return None if answer is None else parse_table(answer, 0, len(answer))
 
     def chains(self) -> list[str]:
         """The names of the table's chains."""
-        dump = self._socket.dump(_GETCHAIN, _INET)  # the kernel filters by family alone
-        names: list[str] = []
-        if dump:
-            for _, _, start, end in messages(dump.buffer, dump.size):
-                found = dict.fromkeys((_CHAIN_TABLE, _CHAIN_NAME), "")
-                for kind, first, last in attributes(dump.buffer, start + HEADERS, end):
-                    if kind in found:
-                        found[kind] = _string(dump.buffer, first, last)
-                if found[_CHAIN_TABLE] == self._table:
-                    names.append(found[_CHAIN_NAME])
-        return names
+        dump = self._socket.dump(_GETCHAIN, INET)  # the kernel filters by family alone
+        if dump is None:
+            return []
+        found = [parse_chain(dump.buffer, start, end) for _, _, start, end in messages(dump.buffer, dump.size)]
+        return [name for table, name, _ in found if table == self._table]
 
     def chain_exists(self, chain: str) -> bool:
-        request = text_attribute(_CHAIN_TABLE, self._table) + text_attribute(_CHAIN_NAME, chain)
-        return self._socket.ask(_GETCHAIN, _INET, request) is not None
+        return self._ask_chain(chain) is not None
+
+    def base(self, chain: str) -> Base | None:
+        """Where a chain is attached; None if it is attached nowhere, or not there."""
+        answer = self._ask_chain(chain)
+        return parse_chain(answer, 0, len(answer))[2] if answer is not None else None
 
     def gotos(self, name: str) -> Iterator[tuple[str, str]]:
         """Each interface name in a verdict map and the chain it goes to; to be used before the next call."""
-        request = text_attribute(_ELEMENTS_TABLE, self._table) + text_attribute(_ELEMENTS_SET, name)
-        dump = self._socket.dump(_GETSETELEM, _INET, request)
+        dump = self._dump_elements(name)
         return parse_gotos(dump.buffer, dump.size) if dump else iter(())
+
+    def verdicts(self, name: str) -> dict[str, str]:
+        """All of `gotos`; what did not change since the last time is not parsed again."""
+        dump = self._dump_elements(name)
+        if dump is None:
+            return {}
+        heads = messages(dump.buffer, dump.size)
+        content = b"".join(bytes(dump.buffer[start + HEADERS : end]) for _, _, start, end in heads)
+        known, verdicts = self._verdicts.get(name, (b"", {}))
+        if known != content:
+            verdicts = dict(parse_gotos(dump.buffer, dump.size))
+            self._verdicts[name] = content, verdicts
+        return verdicts
 
     def goto_of(self, name: str, ifname: str) -> str | None:
         """The chain one interface name goes to in a verdict map; None if it is not in there, or there is no map."""
         key = nested(_ELEMENT_KEY, attribute(_DATA_VALUE, ifname.encode().ljust(_IFNAMSIZ, b"\0")))
         request = text_attribute(_ELEMENTS_TABLE, self._table) + text_attribute(_ELEMENTS_SET, name)
-        answer = self._socket.ask(_GETSETELEM, _INET, request + nested(_ELEMENTS, nested(_LIST_ELEM, key)))
-        if answer is not None:
-            for kind, first, last in attributes(answer, HEADERS, len(answer)):
-                if kind == _ELEMENTS:
-                    return next((_element(answer, at, to)[1] for _, at, to in attributes(answer, first, last)), None)
-        return None
+        answer = self._socket.ask(_GETSETELEM, INET, request + nested(_ELEMENTS, nested(_LIST_ELEM, key)))
+        return next((chain for _, chain in parse_gotos(answer, len(answer))), None) if answer is not None else None
 
-    def table_exists(self) -> bool:
-        return self._socket.ask(_GETTABLE, _INET, text_attribute(_TABLE_NAME, self._table)) is not None
+    def bounds(self, name: str) -> set[tuple[bytes, bool]]:
+        """What is in a set of intervals, see parse_bounds; empty if there is no such set."""
+        dump = self._dump_elements(name)
+        return parse_bounds(dump.buffer, dump.size) if dump else set()
 
     def mentions(self, name: str, chain: str | None = None) -> bool:
         """Whether a rule, of one chain or of any, speaks of a set of this name."""
@@ -248,7 +247,7 @@ class TableReader(Generic[T]):
         A refusal costs some 20 ms: the kernel waits for its readers before it takes a transaction back.
         """
         request = text_attribute(_SET_TABLE, self._table) + text_attribute(_SET_NAME, name)
-        error = self._socket.transaction(_DELSET, _INET, request)
+        error = self._socket.transaction(_DELSET, INET, request)
         if error not in (0, errno.EBUSY, errno.ENOENT):
             raise KernelRefusedError(f"cannot remove the set {name} of table inet {self._table}: {os.strerror(error)}")
         return error == 0
@@ -262,85 +261,33 @@ class TableReader(Generic[T]):
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _dump_rules(self, chain: str | None) -> Dump | None:
+    def _dump_rules(self, chain: str | None = None) -> Dump | None:
         """The rules of one chain, or of all."""
         request = text_attribute(_RULE_TABLE, self._table)
         if chain is not None:
             request += text_attribute(_RULE_CHAIN, chain)
-        return self._socket.dump(_GETRULE, _INET, request)
+        return self._socket.dump(_GETRULE, INET, request)
 
-    def _generation(self) -> int:
-        """The ruleset's generation: 32 bits, one more with every transaction in this namespace."""
-        answer = self._socket.ask(_GETGEN, _UNSPEC)
-        if answer is not None:
-            for kind, first, last in attributes(answer, HEADERS, len(answer)):
-                if kind == _GEN_ID and last - first == 4:
-                    return int.from_bytes(answer[first:last], "big")
-        raise malformed("a generation without its id", 0)
+    def _dump_with_table(self, chain: str | None = None) -> tuple[Dump | None, int]:
+        """The rules of one chain, or of all, and the handle of the table that they are of."""
+        table = self.table()
+        for _ in range(_ATTEMPTS):
+            if table is None:
+                return None, 0
+            dump = self._dump_rules(chain)
+            if dump is None or not dump.size or dump.uniform == table.generation:
+                return dump, table.handle
+            # Asked again, for which the dump must make room.
+            kept = Dump(bytearray(memoryview(dump.buffer)[: dump.size]), dump.size, dump.uniform)
+            before, table = table, self.table()
+            if table is not None and table.handle == before.handle:
+                return kept, table.handle  # things changed, but it has been the same table throughout
+        raise KernelRefusedError(f"table inet {self._table} was made anew during each of {_ATTEMPTS} dumps")
 
+    def _dump_elements(self, name: str) -> Dump | None:
+        request = text_attribute(_ELEMENTS_TABLE, self._table) + text_attribute(_ELEMENTS_SET, name)
+        return self._socket.dump(_GETSETELEM, INET, request)
 
-def _parse_rule(buffer: Buffer, start: int, end: int) -> Rule:
-    chain = comment = ""
-    counter = None
-    for kind, first, last in attributes(buffer, start + HEADERS, end):
-        if kind == _RULE_CHAIN:
-            chain = _string(buffer, first, last)
-        elif kind == _RULE_USERDATA:
-            comment = _comment(buffer, first, last)
-        elif kind == _RULE_EXPRESSIONS:
-            counter = _counter(buffer, first, last)
-    return Rule(chain, comment, counter)
-
-
-def _string(buffer: Buffer, first: int, last: int) -> str:
-    return bytes(buffer[first:last]).split(b"\0", 1)[0].decode(errors="replace")
-
-
-def _comment(buffer: Buffer, first: int, last: int) -> str:
-    while first + 2 <= last:
-        kind, length = buffer[first], buffer[first + 1]
-        if first + 2 + length > last:
-            raise malformed(f"rule user data of {length} bytes with {last - first - 2} left", first)
-        if kind == _USERDATA_COMMENT:
-            return _string(buffer, first + 2, first + 2 + length)
-        first += 2 + length
-    return ""
-
-
-def _counter(buffer: Buffer, first: int, last: int) -> tuple[int, int] | None:
-    """Where the (only) counter of a list of expressions keeps its bytes and its packets."""
-    for kind, start, end in attributes(buffer, first, last):
-        if kind != _LIST_ELEM:
-            continue
-        name, data = b"", (0, 0)
-        for part, at, to in attributes(buffer, start, end):
-            if part == _EXPR_NAME:
-                name = bytes(buffer[at:to])
-            elif part == _EXPR_DATA:
-                data = (at, to)
-        if name == b"counter\0":
-            octets = packets = 0
-            for part, at, to in attributes(buffer, *data):
-                if to - at == 8 and part == _COUNTER_BYTES:
-                    octets = at
-                elif to - at == 8 and part == _COUNTER_PACKETS:
-                    packets = at
-            if not octets or not packets:
-                raise malformed("a counter without bytes or packets", start)
-            return octets, packets
-    return None
-
-
-def _element(buffer: Buffer, first: int, last: int) -> tuple[str, str]:
-    key = chain = ""
-    for kind, start, end in attributes(buffer, first, last):
-        if kind not in (_ELEMENT_KEY, _ELEMENT_DATA):
-            continue
-        for part, at, to in attributes(buffer, start, end):
-            if kind == _ELEMENT_KEY and part == _DATA_VALUE:
-                key = _string(buffer, at, to)
-            elif kind == _ELEMENT_DATA and part == _DATA_VERDICT:
-                chain = next(
-                    (_string(buffer, a, b) for k, a, b in attributes(buffer, at, to) if k == _VERDICT_CHAIN), ""
-                )
-    return key, chain
+    def _ask_chain(self, chain: str) -> bytes | None:
+        request = text_attribute(_CHAIN_TABLE, self._table) + text_attribute(_CHAIN_NAME, chain)
+        return self._socket.ask(_GETCHAIN, INET, request)

@@ -7,10 +7,12 @@ answers would be billed to whoever has it. All calls act on the network namespac
 acctd processes of one node, the caller sees to it that only one changes anything at a time.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import NamedTuple, Protocol
 
+from acctd.kernel.nfevents import Watch
 from acctd.model import DestinationClass
 
 PREFIX = "ac"
@@ -55,12 +57,26 @@ class Pools:
 
 
 class Chains(Protocol):
-    """One back end, bound to the network namespace of the thread that made it."""
+    """One back end, bound to the network namespace of the thread that made it.
+
+    What the caller must do about other programs, once a tick: read(), and hold each sample against the one before.
+    Another incarnation, or counts that went back, say that the counts are no continuation of what was read before:
+    add() again, and count from zero. Then broken() finds what does not reach its chain any more; mend() it.
+    """
 
     name: str
 
-    def add(self, plan: ChainPlan) -> None:
-        """Make the chain and its dispatch, and the shared parts if it is the first. An old chain of that name goes."""
+    def add(self, *plans: ChainPlan) -> None:
+        """Make the chains and their dispatch, and the shared parts if missing: one transaction per table for all.
+
+        An old chain of that name goes; every chain is at zero afterwards, in an incarnation of its own. No chain and
+        no interface may be in two of the plans. If it fails, no chain is there that was not there before.
+        """
+
+    def mend(self, *plans: ChainPlan) -> set[str]:
+        """As add(), but a chain whose rules are whole keeps its counts and its incarnation: only what leads to it is
+        made anew. The names of the chains that were made anew, and so are at zero.
+        """
 
     def remove(self, plan: ChainPlan) -> None:
         """Remove chain and dispatch, and the shared parts if it was the last. Nothing there is fine."""
@@ -69,6 +85,25 @@ class Chains(Protocol):
         """All chains' counts in one dump, or at least those of one chain, where the kernel can tell it apart for less.
 
         A chain that vanished is absent.
+        """
+
+    def broken(self, plans: Collection[ChainPlan]) -> set[str]:
+        """The chains that do not count all of their jobs' packets: absent, their rules not those that add() makes, or
+        not led to by all that add() makes. What only foreign rules do is not ours to find.
+
+        Cheap as long as nobody else changed anything.
+        """
+
+    def changed(self) -> bool:
+        """Whether something may have become broken since broken() was asked last; costs microseconds.
+
+        True before it was ever asked.
+        """
+
+    def watch(self) -> Watch[Count] | None:
+        """A listener for what others do to the chains, in the calling thread's namespace; the caller closes it.
+
+        None where the kernel tells nobody.
         """
 
     def close(self) -> None:

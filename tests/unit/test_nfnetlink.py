@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acctd.errors import KernelRefusedError, NotPermittedError
-from acctd.kernel import conntrack, nfnetlink, nftrules
+from acctd.kernel import conntrack, nfevents, nfnetlink, nftmessages, nftrules
 from acctd.kernel.nfnetlink import NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, NfnetlinkSocket, attribute, nested, text
 
 CAPTURES = Path(__file__).parents[2] / "fixtures/netfilter"
@@ -32,7 +32,8 @@ COUNTS = {
     },
     "JOB_8.0": {"OutgoingExternal": (0, 0), "IncomingExternal": (0, 0)},
 }
-GETRULE, GETGEN, NEWRULE = 10 << 8 | 7, 10 << 8 | 16, 10 << 8 | 6
+GETRULE, GETGEN, GETTABLE = 10 << 8 | 7, 10 << 8 | 16, 10 << 8 | 1
+NEWTABLE, DELTABLE, NEWRULE, DELRULE, NEWGEN = (10 << 8 | n for n in (0, 2, 6, 8, 15))
 
 
 def pair(octets, packets):
@@ -40,8 +41,8 @@ def pair(octets, packets):
 
 
 def parse(dump, known=None):
-    rules, known = nftrules.parse_rules(dump, len(dump), known)
-    return nftrules.Layout(rules, len(dump), pair).read(dump), known
+    rules, known = nftmessages.parse_rules(dump, len(dump), known)
+    return nftrules.Layout(rules, len(dump), pair, 1).read(dump), known
 
 
 def message(kind, payload, *, flags=0, sequence=0, resource=0):
@@ -52,7 +53,10 @@ def message(kind, payload, *, flags=0, sequence=0, resource=0):
     )
 
 
-def rule(chain="JOB_1", comment="OutgoingX", octets=1, packets=2, *, backwards=False, **header):
+def rule(
+    chain="JOB_1", comment="OutgoingX", octets=1, packets=2, *, backwards=False, kind=NEWRULE, handle=0,
+    table="acctd", **header,
+):  # fmt: skip
     """One rule as the kernel sends it, or with all its attributes in the opposite order."""
 
     def order(*parts):
@@ -63,8 +67,9 @@ def rule(chain="JOB_1", comment="OutgoingX", octets=1, packets=2, *, backwards=F
     verdict = nested(1, order(attribute(1, b"immediate\0"), nested(2, attribute(1, bytes(4)))))
     words = comment.encode() + b"\0"
     userdata = attribute(7, bytes([1, 2, 0, 0]) + bytes([0, len(words)]) + words)
-    parts = (text(1, "acctd"), text(2, chain), attribute(3, bytes(8)), nested(4, counter, verdict), userdata)
-    return message(NEWRULE, order(*parts), **header)
+    number = attribute(3, struct.pack(">Q", handle))
+    parts = (text(1, table), text(2, chain), number, nested(4, counter, verdict), userdata)
+    return message(kind, order(*parts), **header)
 
 
 def test_a_captured_dump_is_read_as_nft_lists_it():
@@ -100,7 +105,9 @@ def test_a_comment_that_looks_like_a_counter():
 def test_a_rule_without_counter_or_comment_is_left_out():
     bare = message(NEWRULE, text(1, "acctd") + text(2, "JOB_1"))
     assert parse(bare + rule(comment=""))[0] == {}
-    assert nftrules.parse_comments(bare + rule(), len(bare + rule())) == ["", "OutgoingX"]
+    rules, _ = nftmessages.parse_rules(bare + rule(), len(bare + rule()))
+    shapes = nftrules.Layout(rules, len(bare + rule()), pair, 0x1F).shapes
+    assert shapes == {"JOB_1": (("", "OutgoingX"), "1f.0.2")}
 
 
 def test_a_dump_that_a_change_interrupted_is_refused():
@@ -109,7 +116,7 @@ def test_a_dump_that_a_change_interrupted_is_refused():
 
 
 def test_verdict_map():
-    assert sorted(nftrules.parse_gotos(ELEMENTS, len(ELEMENTS))) == [("ac1", "JOB_7.0"), ("ac2", "JOB_8.0")]
+    assert sorted(nftmessages.parse_gotos(ELEMENTS, len(ELEMENTS))) == [("ac1", "JOB_7.0"), ("ac2", "JOB_8.0")]
 
 
 def test_conntrack_entries_by_their_source():
@@ -121,9 +128,9 @@ def test_conntrack_entries_by_their_source():
 
 
 PARSERS = [
-    (RULES, lambda dump: nftrules.parse_rules(dump, len(dump))),
-    (RULES, lambda dump: nftrules.parse_comments(dump, len(dump))),
-    (ELEMENTS, lambda dump: list(nftrules.parse_gotos(dump, len(dump)))),
+    (RULES, lambda dump: nftmessages.parse_rules(dump, len(dump))),
+    (ELEMENTS, lambda dump: list(nftmessages.parse_gotos(dump, len(dump)))),
+    (ELEMENTS, lambda dump: nftmessages.parse_bounds(dump, len(dump))),
     (CONNECTIONS, lambda dump: conntrack.parse_entries(dump, len(dump), {b"\0\0\0\0"})),
 ]
 
@@ -241,25 +248,147 @@ def test_the_rest_of_an_older_dump_is_skipped():
 
 
 def generation(number):
-    return lambda sequence: message(10 << 8 | 15, attribute(1, struct.pack(">I", number)), sequence=sequence)
+    parts = attribute(1, struct.pack(">I", number)) + attribute(2, struct.pack(">I", 77))
+    return lambda sequence: message(NEWGEN, parts, sequence=sequence)
+
+
+def table(handle, generation=0, kind=NEWTABLE):
+    parts = text(1, "acctd") + attribute(2, bytes(4)) + attribute(4, struct.pack(">Q", handle))
+    return lambda sequence: message(kind, parts, sequence=sequence, resource=generation)
 
 
 def test_a_remembered_layout_holds_for_its_generation_alone():
     one, other = {"resource": 1}, {"resource": 2}
     scripts = [
-        [generation(0x10001)], [part(one, {**one, "comment": "IncomingX"}), done()],
+        [generation(0x10001)], [table(3, 1)], [part(one, {**one, "comment": "IncomingX"}), done()],
         [generation(0x10001)], [part({**one, "octets": 5}, {**one, "comment": "IncomingX"}), done()],
-        # Of the same size, after a change; then the change comes between the question and the dump.
-        [generation(0x10002)], [part({**other, "comment": "IncomingX"}, other), done()],
+        # Of the same size, after a change.
+        [generation(0x10002)], [table(3, 2)], [part({**other, "comment": "IncomingX"}, other), done()],
+        # The change comes between the question and the dump.
         [generation(0x10002)], [part({"resource": 3}, {"resource": 3, "comment": "IncomingX"}), done()],
-        [generation(0x10003)], [done()],
+        [generation(0x10003)], [table(3, 3)], [part({"resource": 3}, {"resource": 3, "comment": "IncomingX"}), done()],
+        [generation(0x10004)], [refusal(errno.ENOENT)],
     ]  # fmt: skip
     kernel = Kernel(*scripts)
     with kernel as netlink:
         reader = nftrules.TableReader("acctd", pair, netlink)
-        assert reader.read() == {"JOB_1": {"OutgoingX": (1, 2), "IncomingX": (1, 2)}}
-        assert reader.read() == {"JOB_1": {"OutgoingX": (5, 2), "IncomingX": (1, 2)}}
-        assert list(reader.read()["JOB_1"]) == ["IncomingX", "OutgoingX"]
-        assert list(reader.read()["JOB_1"]) == ["OutgoingX", "IncomingX"]
-        assert reader.read() == {}
-    assert kernel.asked == [GETGEN, GETRULE] * 5
+        assert reader.read()[0] == {"JOB_1": {"OutgoingX": (1, 2), "IncomingX": (1, 2)}}
+        assert reader.read()[0] == {"JOB_1": {"OutgoingX": (5, 2), "IncomingX": (1, 2)}}
+        assert list(reader.read()[0]["JOB_1"]) == ["IncomingX", "OutgoingX"]
+        assert list(reader.read()[0]["JOB_1"]) == ["OutgoingX", "IncomingX"]
+        assert reader.read() == ({}, {})
+    new = [GETGEN, GETTABLE, GETRULE]
+    assert kernel.asked == [*new, GETGEN, GETRULE, *new, GETGEN, GETRULE, *new, GETGEN, GETTABLE]
+
+
+def test_rules_are_never_taken_for_those_of_another_table():
+    """A new table's rules have the handles of the old one's: a table made anew around the dump is noticed."""
+    scripts = [
+        [generation(1)], [table(3, 1)],
+        [part({"resource": 2, "handle": 9}), done()], [table(4, 2)],
+        [part({"resource": 2, "handle": 9}), done()],
+        # Other things change all the time, the table does not: no reason to ask again and again.
+        [generation(5)], [table(4, 5)], [part({"resource": 6, "handle": 9}), done()], [table(4, 7)],
+    ]  # fmt: skip
+    with Kernel(*scripts) as netlink:
+        reader = nftrules.TableReader("acctd", pair, netlink)
+        assert reader.read()[1]["JOB_1"].incarnation == "4.9.1"
+        assert reader.read()[1]["JOB_1"].incarnation == "4.9.1"
+    endless = [[generation(1)], [table(1, 1)]]
+    for number in range(20):
+        endless += [[part({"resource": 50 + number}), done()], [table(2 + number, 100 + number)]]
+    with Kernel(*endless) as netlink, pytest.raises(KernelRefusedError, match="anew during each of 20"):
+        nftrules.TableReader("acctd", pair, netlink).read()
+
+
+def test_an_incarnation_tells_every_making_apart():
+    whole = nftmessages.incarnation(3, [7, 8, 9])
+    others = [(4, [7, 8, 9]), (3, [7, 8]), (3, [8, 9]), (3, [7, 8, 10]), (3, [7, 9, 10]), (3, [7, 8, 9, 10])]
+    assert whole not in {nftmessages.incarnation(*other) for other in others}
+
+
+OURS, THEIRS = 77, 78
+
+
+class Events:
+    """A watch and the sending end of its queue."""
+
+    def __init__(self, *handles):
+        self._end, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        theirs.setblocking(False)
+        self._kernel = Kernel(*[[table(handle) if handle else refusal(errno.ENOENT)] for handle in handles])
+        self.watch = nfevents.Watch("acctd", pair, {OURS}, theirs, self._kernel.netlink)
+
+    def say(self, *messages):
+        self._end.send(b"".join(messages))
+
+    def commit(self, *messages, by=THEIRS):
+        number = attribute(1, bytes(4)) + attribute(2, struct.pack(">I", by))
+        self.say(*messages, message(NEWGEN, number))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.watch.close()
+        self._end.close()
+        self._kernel.__exit__()
+
+
+def gone(**words):
+    return rule(kind=DELRULE, **words)
+
+
+def test_what_was_deleted_is_added_up_by_chain_and_comment():
+    with Events(3) as events:
+        events.commit(gone(handle=1), gone(handle=2, octets=10, packets=20), gone(handle=4, comment="IncomingX"))
+        events.commit(gone(chain="JOB_2", handle=7))
+        assert events.watch.drain() == (
+            True,
+            {
+                ("JOB_1", "3.4.3"): {"OutgoingX": (11, 22), "IncomingX": (1, 2)},
+                ("JOB_2", "3.7.1"): {"OutgoingX": (1, 2)},
+            },
+            False,
+        )
+        assert events.watch.drain() == (False, {}, False)
+
+
+def test_a_transaction_counts_once_it_has_ended_whatever_parts_it_comes_in():
+    with Events(3) as events:
+        events.say(gone(handle=1))
+        events.say(gone(handle=2))
+        assert events.watch.drain() == (False, {}, False)
+        events.commit()
+        assert events.watch.drain().deleted == {("JOB_1", "3.2.2"): {"OutgoingX": (2, 4)}}
+
+
+def test_own_transactions_and_other_tables_are_no_news():
+    with Events(3) as events:
+        events.commit(gone(handle=1), by=OURS)
+        events.commit(gone(handle=1, table="acctd2"), rule(table="acct", comment="acctd"))
+        events.commit(message(DELRULE, text(1, "acctd")).replace(b"\x01\0\0\0", b"\x02\0\0\0", 1))  # ip acctd
+        events.commit(rule(handle=2), by=OURS)
+        assert events.watch.drain() == (False, {}, False)
+
+
+def test_each_table_of_the_name_has_its_own_incarnations():
+    with Events(0) as events:
+        events.commit(table(5)(0), rule(handle=2), by=OURS)
+        # Flushed and loaded anew in one transaction, then once more.
+        events.commit(gone(handle=2), table(5, kind=DELTABLE)(0), table(6)(0), rule(handle=2))
+        events.commit(gone(handle=2, octets=9))
+        assert events.watch.drain().deleted == {
+            ("JOB_1", "5.2.1"): {"OutgoingX": (1, 2)},
+            ("JOB_1", "6.2.1"): {"OutgoingX": (9, 2)},
+        }
+
+
+def test_after_a_loss_nothing_of_the_queue_is_believed():
+    with Events(3, 8) as events:
+        events.say(gone(handle=1))
+        events.say(bytes((1 << 17) + 1))  # larger than any receive: what did not fit is lost
+        events.commit(gone(handle=2))
+        assert events.watch.drain() == (False, {}, True)
+        events.commit(gone(handle=2))
+        assert events.watch.drain() == (True, {("JOB_1", "8.2.1"): {"OutgoingX": (1, 2)}}, False)
