@@ -9,8 +9,13 @@ from acctd import config as configuration
 from acctd import ledger
 from acctd.cli.output import emit
 from acctd.cli.summary import ending, seconds, size
+from acctd.cli.table import Column, plain
 from acctd.ledger import Ledger
 from acctd.model import Record
+
+_COLUMNS = [
+    Column(title, right=False) for title in ("JOB", "OWNER", "STATE", "STARTED", "WALL", "CPU", "RESIDENT", "NETWORK")
+]
 
 
 @click.command("ls")
@@ -25,10 +30,8 @@ def command(config_path: str | None, limit: int) -> None:
             (job.spec.id, job.spec.owner.name, job.phase, _stamp(job.created), "", "", "", "")
             for job in book.open_jobs()
         ]
-    header = ("JOB", "OWNER", "STATE", "STARTED", "WALL", "CPU", "RESIDENT", "NETWORK")
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        emit("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in plain(_COLUMNS, rows):
+        emit(line)
 
 
 def _row(record: Record) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from acctd import __version__
 from acctd.cli.output import say
@@ -13,16 +14,26 @@ from acctd.errors import AcctdError, UsageError
 
 _COMMANDS = {
     "config": "Check the configuration.",
+    "continue": "Let suspended jobs go on.",
     "doctor": "Say what this host can do, and what to do about what it cannot.",
+    "events": "List what happened, and follow what happens.",
+    "kill": "End all processes of jobs.",
     "ls": "List open jobs and records.",
-    "serve": "Run the node agent.",
+    "ps": "List the open jobs and what they have used so far.",
+    "reload": "Have the agent read its configuration again.",
     "run": "Run a command as a job and account for it.",
-    "show": "Show a job's record.",
+    "serve": "Run the node agent.",
+    "show": "Show what a job uses, or its record.",
+    "suspend": "Stop all processes of jobs for a while.",
+    "top": "Show what jobs use now, refreshed.",
 }
+
+_SHARED = {name: ("acts", name) for name in ("kill", "reload", "suspend")} | {"continue": ("acts", "continue_")}
+"""Commands that share a module, and their names in it."""
 
 
 class _Lazy(click.Group):
-    """Subcommands by name; each lives in a module of the same name and is imported when it is called."""
+    """Subcommands by name; most live in a module of the same name. They are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_COMMANDS)
@@ -30,13 +41,18 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"acctd.cli.{cmd_name}")
-        command: click.Command = module.command
+        module, name = _SHARED.get(cmd_name, (cmd_name, "command"))
+        command: click.Command = getattr(importlib.import_module(f"acctd.cli.{module}"), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """As click does it, without importing every command for its help."""
+        named = [CompletionItem(name, help=text) for name, text in _COMMANDS.items() if name.startswith(incomplete)]
+        return named + click.Command.shell_complete(self, ctx, incomplete)
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

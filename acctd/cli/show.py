@@ -1,36 +1,65 @@
-"""`acctd show JOB`: one record, for a person, as JSON or as a ClassAd."""
+"""`acctd show JOB`: a living job as of this moment, or an ended one's record; for a person, as JSON or as a ClassAd."""
 
 import os
 
 import click
 import msgspec
 
+from acctd import client, ledger
 from acctd import config as configuration
-from acctd import ledger
+from acctd.cli.asking import agent_options, complete_job, connect
 from acctd.cli.output import emit
-from acctd.cli.summary import summary
-from acctd.errors import NotFoundError
+from acctd.cli.summary import living, summary
+from acctd.errors import NotFoundError, NotPermittedError, UnavailableError
 from acctd.ledger import Ledger
+from acctd.model import Record
 from exporters.classad import format_ad, record_ad
 
 
 @click.command("show")
-@click.argument("job")
-@click.option("--json", "form", flag_value="json", help="The record as JSON.")
-@click.option("--classad", "form", flag_value="classad", help="The record as a ClassAd in long form.")
-@click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
-def command(job: str, form: str | None, config_path: str | None) -> None:
-    """Show the record of JOB."""
+@click.argument("job", shell_complete=complete_job)
+@click.option("--json", "form", flag_value="json", help="As JSON: the job as the agent tells it, or the record.")
+@click.option("--classad", "form", flag_value="classad", help="As a ClassAd in long form.")
+@agent_options
+def command(job: str, form: str | None, socket_path: str | None, config_path: str | None) -> None:
+    """Show what JOB uses now, or its record if it has ended.
+
+    The agent is asked first, and reads the job for it. Where none answers, or it has no such job, the ledger is looked
+    into, which takes root.
+    """
+    try:
+        with connect(socket_path, config_path) as agent:
+            answer = agent.call("Usage", job=job)
+    except (NotFoundError, UnavailableError) as e:
+        # No agent is no error here: jobs of `acctd run` are none of its own.
+        try:
+            record = _record(job, config_path)
+        except NotPermittedError:
+            raise e from None  # to an ordinary user, what the agent said tells more
+        _show_record(record, form)
+        return
+    if form == "json":
+        emit(msgspec.json.format(msgspec.json.encode(answer["job"]), indent=2).decode())
+    elif form == "classad":
+        emit(str(answer["classad"]).removesuffix("\n"))
+    else:
+        emit(living(client.job(answer["job"])))
+
+
+def _record(job: str, config_path: str | None) -> Record:
     config = configuration.load(config_path, os.environ)
     with Ledger(config.state_dir / ledger.FILE) as book:
         try:
-            record = book.record(job)
+            return book.record(job)
         except NotFoundError:
             if any(row.spec.id == job for row in book.open_jobs()):
                 raise NotFoundError(
                     f"job {job!r} is still open and has no record yet; ask again when it has ended"
                 ) from None
             raise
+
+
+def _show_record(record: Record, form: str | None) -> None:
     if form == "json":
         emit(msgspec.json.format(msgspec.json.encode(record), indent=2).decode())
     elif form == "classad":

@@ -1,7 +1,13 @@
-"""A record as a person reads it: a few lines, sizes in binary units beside exact bytes where money depends on them."""
+"""A record, or a living job, as a person reads it.
+
+A few lines, sizes in binary units beside exact bytes where money depends on them.
+"""
 
 import signal
+from collections.abc import Iterable
 
+from acctd.cli.table import clean
+from acctd.client import Job
 from acctd.meter import State
 from acctd.model import Record
 
@@ -41,13 +47,30 @@ def signal_name(number: int) -> str:
 
 def summary(record: Record) -> str:
     """The whole record in at most a dozen lines; a kind of number the host does not count is left out."""
-    totals = record.totals
-    lines = [f"job {record.id} of {record.owner}: {ending(record)}"]
-    cpu = [f"wall {seconds(record.wall_ns)}"]
+    first = f"job {record.id} of {record.owner}: {ending(record)}"
+    return "\n".join([first, *_account(record.wall_ns, record.totals), *_notes(record.notes)])
+
+
+def living(job: Job) -> str:
+    """A job that has not ended, in the same words, with what it was made with."""
+    inside = f", inside {job.parent}" if job.parent is not None else ""
+    lines = [f"job {job.id} of {job.owner}{inside}: {job.phase}, {len(job.pids)} processes, network {job.network}"]
+    if limits := [f"{name} {value}" for name, value in job.limits.items() if value is not None]:
+        lines.append(_line("limits", [", ".join(limits)]))
+    if job.tags:
+        lines.append(_line("tags", [", ".join(f"{key}={clean(value)}" for key, value in job.tags.items())]))
+    if (now := _one(job.totals, "memory_resident")) is not None:
+        lines.append(_line("resident", [f"{size(now)} now"]))
+    return "\n".join([*lines, *_account(job.wall_ns, job.totals), *_notes(job.notes)])
+
+
+def _account(wall_ns: int, totals: State) -> list[str]:
+    lines = []
+    cpu = [f"wall {seconds(wall_ns)}"]
     if (user := _one(totals, "cpu_user")) is not None and (system := _one(totals, "cpu_system")) is not None:
         cpu.append(f"cpu {seconds(user)} user, {seconds(system)} system")
-        if record.wall_ns:
-            cpu.append(f"{(user + system) / record.wall_ns:.2f} cores")
+        if wall_ns:
+            cpu.append(f"{(user + system) / wall_ns:.2f} cores")
     if throttled := _one(totals, "cpu_throttled"):
         cpu.append(f"throttled {seconds(throttled)}")
     lines.append(_line("time", cpu))
@@ -59,8 +82,11 @@ def summary(record: Record) -> str:
     packets = totals.get("network_packets", {})
     for rule in sorted(network, key=lambda rule: (not rule.startswith("Outgoing"), rule)):
         lines.append(_line("network", [f"{rule} {network[rule]:,} bytes in {packets.get(rule, 0):,} packets"]))
-    lines += [_line("note", [note]) for note in record.notes]
-    return "\n".join(line for line in lines if line)
+    return [line for line in lines if line]
+
+
+def _notes(notes: Iterable[str]) -> list[str]:
+    return [_line("note", [clean(note)]) for note in notes]
 
 
 def _memory(totals: State) -> list[str]:
