@@ -185,6 +185,12 @@ class Agent:
                 job.note(f"the job's chain could not be read ({e}); network bytes since the last reading are missing")
         self.take(job, samples)
 
+    def take_last(self, job: Job, sample: Sample) -> None:
+        """Meter the last counts of a chain that another program has just removed; mend() makes it anew."""
+        if job.incarnation in (None, sample.incarnation):
+            _take_sample(job, sample)
+            job.damage = job.damage or "its chain was removed"
+
     def store(self, jobs: Iterable[Job]) -> None:
         """Put the accounts so far into the ledger."""
         self.ledger.store([(job.row.seq, job.account) for job in jobs], boottime())
@@ -226,16 +232,27 @@ class Agent:
         """
         mended: list[tuple[Job, str]] = []
         for chains, mine in self._by_backend(jobs).items():
-            broken: set[str] = getattr(chains, "broken", lambda _: set())(
-                [job.plan for job in mine if job.plan is not None]
-            )
-            damaged = [job for job in mine if job.damage is not None or (job.plan and job.plan.chain in broken)]
-            if damaged and (pools_ := damaged[0].pools) is not None:
-                with self._network_lock():
-                    host.enable_forwarding(ipv6=pools_.v6 is not None)
-                    host.keep_in(pools_)
+            broken = chains.broken([job.plan for job in mine if job.plan is not None])
+            damaged = [job for job in mine if job.damage is not None]
+            cut_off = [job for job in mine if job.damage is None and job.plan and job.plan.chain in broken]
+            if not damaged and not cut_off:
+                continue
+            # What a chain counted that is whole and only cut off is there to be read; mend() may find it beyond that.
+            samples = chains.read()
+            for job in cut_off:
+                _take_sample(job, samples.get(chain_name(job.spec.id)))
+            damaged += [job for job in cut_off if job.damage is not None]
+            with self._network_lock():
+                for pools in {job.pools for job in (*damaged, *cut_off) if job.pools is not None}:
+                    host.enable_forwarding(ipv6=pools.v6 is not None)
+                    host.keep_in(pools)
+                if damaged:
                     chains.add(*(job.plan for job in damaged if job.plan is not None))
-                mended += [(job, _begin_anew(job)) for job in damaged]
+                again = [job.plan for job in cut_off if job.damage is None and job.plan is not None]
+                anew = chains.mend(*again) if again else set()
+            for job in {id(job): job for job in (*damaged, *cut_off)}.values():
+                made = job.damage is not None or (job.plan is not None and job.plan.chain in anew)
+                mended.append((job, _repaired(job, anew=made)))
         return mended
 
     def _by_backend(self, jobs: Iterable[Job]) -> dict[Chains, list[Job]]:
@@ -452,13 +469,15 @@ def _take_sample(job: Job, sample: Sample | None) -> None:
         job.feed_counts(sample.counts)
 
 
-def _begin_anew(job: Job) -> str:
-    """Count on a chain that was just made; says what befell the old one."""
+def _repaired(job: Job, *, anew: bool) -> str:
+    """Go on from a chain that was just mended, or made anew and so is at zero; says what befell it."""
     passed = rtnetlink.link_bytes(job.lease.ifname) if job.lease else None
-    sentence = f"{job.damage or 'its chain was cut off'} by another program and made anew; {_bound(job, passed)}"
-    sentence += " of the job so far are not counted"
-    job.meter.rebase(NETWORK)
-    job.damage = job.incarnation = None
+    what = job.damage or "its chain was cut off"
+    sentence = f"{what} by another program and mended; {_bound(job, passed)} of the job so far are not counted"
+    if anew:
+        job.meter.rebase(NETWORK)
+        job.incarnation = None
+    job.damage = None
     job.note(sentence)
     return sentence
 

@@ -16,14 +16,17 @@ import msgspec
 from acctd import family, tracking
 from acctd.agent import Agent
 from acctd.books import Books
+from acctd.config import Config
 from acctd.cost import Cost
 from acctd.errors import AcctdError, InUseError, NotFoundError, UsageError
 from acctd.job import Ending, Job, boottime
 from acctd.kernel import procs
+from acctd.kernel.nfevents import News
 from acctd.ledger import Event, Rule, Terms
 from acctd.model import JobSpec, Record
-from acctd.network.backend import Chains, Sample
+from acctd.network.backend import Chains, Count, Sample
 from acctd.recovery import recover
+from acctd.sentry import Sentry
 from acctd.vigil import Vigil
 
 _SLICE = 20
@@ -45,6 +48,7 @@ class Daemon:
         self._busy: set[str] = set()  # being finished
         self._watchers: set[asyncio.Queue[Event]] = set()
         self._vigil = Vigil()
+        self._sentry = Sentry(self._heard)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ticking = False
         self._told: set[str] = set()  # trouble that is told once, not each tick
@@ -59,11 +63,16 @@ class Daemon:
         self._recover()
         for job in self.jobs.values():
             self._keep_watch(job)
+            # Before anything is mended: the kernel went on counting.
+            self._read(lambda job=job: self.agent.read_one(job), job)
+        self._guard(self.jobs.values())
         self._mend(self.jobs.values())
+        self.books.store(self.jobs.values())
 
     def stop(self) -> None:
         """Store all totals and let go; the jobs go on without us."""
         self._vigil.close()
+        self._sentry.close()
         for task in self._tasks:
             task.cancel()
         for job in self.jobs.values():
@@ -72,6 +81,13 @@ class Daemon:
         for job in self.jobs.values():
             job.close()
         self.jobs.clear()
+
+    def reconfigure(self, config: Config) -> None:
+        """Another configuration for the jobs to come; those there are keep what they were made with."""
+        self._sentry.close()
+        self.agent.reconfigure(config)
+        self._guard(self.jobs.values())
+        self._mend(self.jobs.values())
 
     def _recover(self) -> None:
         for record in recover(self.agent, adopt=self._adopt):
@@ -100,6 +116,7 @@ class Daemon:
         job.row = replace(job.row, phase="made")
         self.jobs[spec.id] = job
         self._keep_watch(job)
+        self._guard([job])
         inside = f" inside {spec.parent}" if spec.parent is not None else ""
         self.tell(spec.id, "created", f"for {spec.owner.name}{inside}, network {spec.network}")
         return job
@@ -408,6 +425,24 @@ class Daemon:
         self.books.store(job for job, _ in mended)
         for job, sentence in mended:
             self.tell(job.spec.id, "mended", sentence)
+
+    def _guard(self, jobs: Iterable[Job]) -> None:
+        """Hear soon of what other programs do to the chains of these jobs."""
+        for chains in self.agent.backends(jobs):
+            try:
+                self._sentry.guard(chains)
+            except (AcctdError, OSError) as e:
+                self._trouble(None, e)  # the next tick finds what nobody tells us of
+
+    def _heard(self, chains: Chains, news: News[Count] | None) -> None:
+        """Another program changed the ruleset: take the last counts of what it deleted, and mend."""
+        mine = [job for job in self.jobs.values() if self.agent.chains_of(job) is chains]
+        if news is not None:
+            named = {job.plan.chain: job for job in mine if job.plan is not None}
+            for (chain, incarnation), counts in news.deleted.items():
+                if chain in named:
+                    self.agent.take_last(named[chain], Sample(counts, incarnation))
+        self._mend(mine)
 
     def _idle(self) -> list[Job]:
         return [job for job in self.jobs.values() if self._is_idle(job)]

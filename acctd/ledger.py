@@ -344,7 +344,7 @@ class Ledger:
 
     def _open_jobs(self, clause: str, *values: object) -> list[OpenJob]:
         rows = self._rows(f"SELECT seq, {_COLUMNS} FROM job {clause}", *values)  # noqa: S608  # our own words
-        return [_open_job(*row) for row in rows]
+        return [_open_job(row) for row in rows]
 
     def leases_beside(self, job: OpenJob) -> list[Place]:
         """Where the other open jobs have their leases."""
@@ -445,13 +445,13 @@ def decode_row(text: bytes) -> OpenJob:
     )
 
 
-def _open_job(
-    seq: int, phase: Phase, slot: int | None, place: bytes, spec: bytes, created: float, boot_id: str, boot_ns: int,
-    seen_ns: int, keeper: str, account: bytes, parent: int | None, terms: bytes,
-) -> OpenJob:  # fmt: skip
+def _open_job(row: tuple) -> OpenJob:  # type: ignore[type-arg]  # seq and _COLUMNS
+    seq, phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, account, parent, terms = row
     return OpenJob(
         *(seq, phase, slot, msgspec.json.decode(place, type=Place), _spec(msgspec.json.decode(spec))),
-        *(created, boot_id, boot_ns, seen_ns, keeper, msgspec.json.decode(account, type=Account), parent),
+        *(created, boot_id, boot_ns, seen_ns, keeper),
+        account=msgspec.json.decode(account, type=Account),
+        parent=parent,
         terms=msgspec.json.decode(terms, type=Terms),
     )
 

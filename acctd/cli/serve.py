@@ -1,16 +1,20 @@
 """`acctd serve`: the node agent, in the foreground, as a service manager wants it.
 
 Builds agent, daemon and server, runs ticks, and turns signals into acts: SIGHUP reads the configuration again, SIGTERM
-and SIGINT end the agent and leave the jobs running. Speaks sd_notify(3): READY, RELOADING, STOPPING, WATCHDOG.
+and SIGINT end the agent and leave the jobs running. Speaks sd_notify(3): READY, RELOADING, STOPPING, WATCHDOG; takes a
+socket as sd_listen_fds(3) passes it.
 """
 
 import asyncio
+import faulthandler
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 
 import click
 
@@ -18,9 +22,12 @@ from acctd import config as configuration
 from acctd.agent import Agent
 from acctd.config import Config
 from acctd.daemon import Daemon
-from acctd.errors import AcctdError
+from acctd.errors import AcctdError, UsageError
 from acctd.methods import Methods
 from acctd.server import Server
+
+_LISTEN_FDS_START = 3
+_PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
 log = logging.getLogger("acctd")
 
@@ -30,15 +37,25 @@ log = logging.getLogger("acctd")
 def command(config_path: str | None) -> int:
     """Hold and account for this node's jobs until told to stop."""
     _log_to_stderr()
-    config = configuration.load(config_path, os.environ)
-    with Agent(config) as agent:
-        asyncio.run(_Service(agent, config_path).run())
+    # A watchdog's SIGABRT, or a crash in a library, leaves in the log where the program stood.
+    faulthandler.enable()
+    _raise_descriptor_limit()
+    try:
+        inherited = inherited_socket()
+        with Agent(configuration.load(config_path, os.environ)) as agent:
+            asyncio.run(_Service(agent, config_path, inherited).run())
+    except AcctdError as e:
+        if not _is_journal(sys.stderr.fileno()):
+            raise
+        log.error("%s", e)  # as the command line would say it, with a priority
+        return e.exit_code
     return 0
 
 
 class _Service:
-    def __init__(self, agent: Agent, config_path: str | None) -> None:
+    def __init__(self, agent: Agent, config_path: str | None, inherited: socket.socket | None) -> None:
         self._config_path = config_path
+        self._inherited = inherited
         self._daemon = Daemon(agent)
         self._server = Server(self._daemon, Methods(self._daemon, reload=self.reload, leave=self.leave))
         self._leaving = asyncio.Event()
@@ -51,15 +68,23 @@ class _Service:
             loop.add_signal_handler(number, self.leave)
         loop.add_signal_handler(signal.SIGHUP, self._reload_or_say)
         self._daemon.start()
-        server = await self._server.listen(self._config.socket)
+        # Kept: a later configuration may name another, which is not the one that is served.
+        path = self._config.socket
+        server = await self._server.listen(path, self._inherited)
+        shown = self._inherited.getsockname() if self._inherited else str(path)
+        if shown != str(path):
+            log.warning("the service manager listens on %s, the configuration says socket = %s", shown, path)
+        watchdog = loop.create_task(_feed_watchdog(os.environ))
         notify("READY=1")
-        log.info("serving on %s, %d jobs held", self._config.socket, len(self._daemon.jobs))
+        log.info("serving on %s, %d jobs held", shown, len(self._daemon.jobs))
         try:
             await self._tick_until_told()
         finally:
             notify("STOPPING=1")
+            watchdog.cancel()
             server.close()
-            self._config.socket.unlink(missing_ok=True)
+            if self._inherited is None:
+                path.unlink(missing_ok=True)
             self._daemon.stop()
 
     def leave(self) -> None:
@@ -81,8 +106,11 @@ class _Service:
             ]
             if fixed:
                 log.warning("%s changed in the configuration: taken up at the next restart", ", ".join(fixed))
-            self._daemon.agent.reconfigure(new)
+            self._daemon.reconfigure(new)
             log.info("configuration read again")
+        except AcctdError as e:
+            log.error("configuration not taken: %s", e)
+            raise
         finally:
             notify("READY=1")
 
@@ -93,8 +121,8 @@ class _Service:
     def _reload_or_say(self) -> None:
         try:
             self.reload()
-        except AcctdError as e:
-            log.error("configuration not taken: %s", e)
+        except AcctdError:
+            return  # said in the log; a signal has nobody else to tell
 
     async def _tick_until_told(self) -> None:
         """A tick each interval, by a clock that no slow tick shifts; one that is due while another runs is missed."""
@@ -108,7 +136,6 @@ class _Service:
                 task = loop.create_task(self._daemon.tick())
                 self._ticking.add(task)
                 task.add_done_callback(self._ticked)
-                notify("WATCHDOG=1")
         for task in self._ticking:
             task.cancel()
 
@@ -120,27 +147,72 @@ class _Service:
             self._daemon.cost.errors += 1
 
 
+def inherited_socket() -> socket.socket | None:
+    """The listening socket that a service manager passed, or None. sd_listen_fds(3): descriptors from 3 on.
+
+    Raises UsageError for more than one, or one that is no listening stream socket with a path.
+    """
+    count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or count == "0":
+        return None
+    advice = "acctd.socket needs one ListenStream= with a path, and nothing else"
+    if count != "1":
+        raise UsageError(f"the service manager passed {count} sockets; {advice}")
+    os.set_inheritable(_LISTEN_FDS_START, False)
+    passed = socket.socket(fileno=_LISTEN_FDS_START)
+    listens = passed.family == socket.AF_UNIX and passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if not listens or passed.type != socket.SOCK_STREAM:
+        raise UsageError(f"the service manager passed a socket that is no listening unix stream socket; {advice}")
+    return passed
+
+
+async def _feed_watchdog(environ: Mapping[str, str]) -> None:
+    """Say twice in the watchdog's time that the loop runs; one that hangs says nothing. sd_watchdog_enabled(3)."""
+    if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    wanted = int(environ.get("WATCHDOG_USEC", "0")) / 1e6
+    while wanted > 0:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(wanted / 2)
+
+
 def notify(state: str) -> None:
     """sd_notify(3); nothing where no service manager listens."""
     address = os.environ.get("NOTIFY_SOCKET")
-    if address:
+    if not address:
+        return
+    try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
             manager.connect("\0" + address[1:] if address.startswith("@") else address)
             manager.send(state.encode())
+    except OSError as e:
+        log.warning("the service manager at %s does not take news (%s); going on", address, e.strerror)
+
+
+def _raise_descriptor_limit() -> None:
+    """A job keeps some 18 files open, and the soft limit is 1024 by custom, for the sake of select(2), unused here."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Priority(logging.Formatter):
-    """The kernel's <n> prefix, which the journal turns into a priority. sd-daemon(3)."""
-
-    _LEVELS = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}  # noqa: RUF012
+    """The prefix <n>, which the journal turns into a priority, on every line: each is an entry. sd-daemon(3)."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"<{self._LEVELS.get(record.levelno, 5)}>{super().format(record)}"
+        prefix = f"<{_PRIORITIES.get(record.levelno, 5)}>"
+        return "\n".join(prefix + line for line in super().format(record).splitlines())
 
 
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(_Priority("%(message)s") if "JOURNAL_STREAM" in os.environ else plain)
+    handler.setFormatter(_Priority("%(message)s") if _is_journal(sys.stderr.fileno()) else plain)
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+
+
+def _is_journal(fd: int) -> bool:
+    """Whether a descriptor leads to the journal: $JOURNAL_STREAM is "device:inode". systemd.exec(5)."""
+    found = os.fstat(fd)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"

@@ -204,6 +204,8 @@ class CgroupDir:
     def children(self) -> list["CgroupDir"]:
         """Direct sub-cgroups, in name order; empty if the cgroup is gone."""
         try:
+            if os.stat(self.path).st_nlink == 2:
+                return []  # as in other file systems a directory is linked from each below it; spares the listing
             with os.scandir(self.path) as entries:
                 names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         except OSError as e:

@@ -106,7 +106,8 @@ def resident() -> int:
 
 def open_descriptors() -> int:
     """How many files this process has open."""
-    return len(os.listdir("/proc/self/fd")) - 1  # less the one that lists
+    # Since 6.2 the directory's size says it; to list twenty thousand takes 15 ms.
+    return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd")) - 1  # less the one that lists
 
 
 # /proc/<pid>/stat; the command, in parentheses, may hold anything; state and start time are the 3rd and 22nd fields:
