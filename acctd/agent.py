@@ -169,6 +169,7 @@ class Agent:
                 job.note(f"a reading failed ({e}); what it would have shown may be missing")
                 continue
             for readings in changes:
+                job.unstored = True
                 job.meter.feed(readings)
                 if isinstance(reader, BlkioReader):
                     job.find_stacked(readings)
@@ -192,8 +193,12 @@ class Agent:
             job.damage = job.damage or "its chain was removed"
 
     def store(self, jobs: Iterable[Job]) -> None:
-        """Put the accounts so far into the ledger."""
-        self.ledger.store([(job.row.seq, job.account) for job in jobs], boottime())
+        """Put the accounts so far into the ledger, as far as they have changed."""
+        changed = [job for job in jobs if job.unstored]
+        if changed:
+            self.ledger.store([(job.row.seq, job.account) for job in changed], boottime())
+        for job in changed:
+            job.unstored = False
 
     def _open_ledger(self, *, lasting: bool) -> Ledger:
         path = self.config.state_dir / FILE
@@ -299,7 +304,7 @@ class Agent:
             elsewhere = lost = {}
         self.ledger.sign_off(job.row.seq, record, elsewhere=elsewhere, lost=lost)
         if parent is not None:
-            parent.families = add(parent.families, elsewhere)
+            parent.families, parent.unstored = add(parent.families, elsewhere), True
             parent.meter.expect_loss(lost)
         try:
             self.dismantle(job)
@@ -476,7 +481,7 @@ def _repaired(job: Job, *, anew: bool) -> str:
     sentence = f"{what} by another program and mended; {_bound(job, passed)} of the job so far are not counted"
     if anew:
         job.meter.rebase(NETWORK)
-        job.incarnation = None
+        job.incarnation = job.counts = None
     job.damage = None
     job.note(sentence)
     return sentence

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from acctd.agent import Agent
 from acctd.errors import LedgerError
-from acctd.job import Job
+from acctd.job import Job, boottime
 from acctd.ledger import Event
 from acctd.model import Record
 
@@ -39,6 +39,10 @@ class Books:
         if not self._do(lambda: kept.append(self._agent.ledger.add_event(job, event, text))):
             self._events.append((job, event, text))
         return kept[0] if kept else Event(0, time.time(), job, event, text)
+
+    def seen(self) -> bool:
+        """All jobs have been read now."""
+        return self._do(lambda: self._agent.ledger.seen(self._agent.keeper, boottime()))
 
     def store(self, jobs: Iterable[Job]) -> bool:
         """Put the accounts so far into the ledger; False if they stay in memory for now."""

@@ -392,6 +392,7 @@ class Daemon:
                 self._read(lambda job=job, samples=samples: self.agent.take(job, samples), job)
             self.books.store(part)
             await asyncio.sleep(0)
+        self.books.seen()
 
     async def _read_chains(self, jobs: list[Job]) -> dict[Chains, dict[str, Sample]]:
         dumps: dict[Chains, dict[str, Sample]] = {}

@@ -59,6 +59,8 @@ class Job:
     stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
     incarnation: str | None = None  # of its chain, as of the last reading; None before the first
     damage: str | None = None  # what another program did to its chain, until that is mended
+    counts: Counts | None = None  # of its chain, as they were metered last
+    unstored: bool = True  # something was metered or noted since the ledger was told
 
     @property
     def spec(self) -> JobSpec:
@@ -73,9 +75,13 @@ class Job:
         """Say something about this account, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+            self.unstored = True
 
     def feed_counts(self, counts: Counts) -> None:
         """Meter what its chain counts."""
+        if counts == self.counts:
+            return
+        self.counts, self.unstored = counts, True
         readings: Readings = {}
         for rule, count in counts.items():
             readings[NETWORK_BYTES, rule] = count.bytes

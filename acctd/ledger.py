@@ -269,6 +269,11 @@ class Ledger:
                 [(msgspec.json.encode(account), seen_ns, seq) for seq, account in accounts],
             )
 
+    def seen(self, keeper: str, boot_ns: int) -> None:
+        """A keeper has read all its jobs (CLOCK_BOOTTIME): those that used nothing are not stored anew each time."""
+        with self._writing() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('seen', ?)", (f"{keeper} {boot_ns}",))
+
     def set_terms(self, seq: int, terms: Terms) -> None:
         """On what other terms a job is held from now on."""
         with self._writing() as db:
@@ -278,7 +283,8 @@ class Ledger:
         """Take over a job whose keeper is dead: its row as it is now, or None if somebody else was first."""
         with self._writing() as db:
             changed = db.execute(
-                "UPDATE job SET keeper = ? WHERE seq = ? AND keeper = ?", (keeper, job.seq, job.keeper)
+                "UPDATE job SET keeper = ?, seen_ns = ? WHERE seq = ? AND keeper = ?",
+                (keeper, job.seen_ns, job.seq, job.keeper),
             ).rowcount
         return self._open_jobs("WHERE seq = ?", job.seq)[0] if changed == 1 else None
 
@@ -344,7 +350,10 @@ class Ledger:
 
     def _open_jobs(self, clause: str, *values: object) -> list[OpenJob]:
         rows = self._rows(f"SELECT seq, {_COLUMNS} FROM job {clause}", *values)  # noqa: S608  # our own words
-        return [_open_job(row) for row in rows]
+        seen = self._row("SELECT value FROM meta WHERE key = 'seen'")
+        keeper, _, at = seen[0].partition(" ") if seen else ("", "", "0")
+        jobs = [_open_job(row) for row in rows]
+        return [replace(job, seen_ns=max(job.seen_ns, int(at))) if job.keeper == keeper else job for job in jobs]
 
     def leases_beside(self, job: OpenJob) -> list[Place]:
         """Where the other open jobs have their leases."""

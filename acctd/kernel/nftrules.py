@@ -232,9 +232,13 @@ class TableReader(Generic[T]):
         return next((chain for _, chain in parse_gotos(answer, len(answer))), None) if answer is not None else None
 
     def bounds(self, name: str) -> set[tuple[bytes, bool]]:
-        """What is in a set of intervals, see parse_bounds; empty if there is no such set."""
+        """What is in a set of intervals, see parse_bounds; empty if there is no such set.
+
+        libnftables also writes an end at zero, behind a range that is none; it says nothing and is left out.
+        """
         dump = self._dump_elements(name)
-        return parse_bounds(dump.buffer, dump.size) if dump else set()
+        found = parse_bounds(dump.buffer, dump.size) if dump else set()
+        return {(bound, is_end) for bound, is_end in found if any(bound) or not is_end}
 
     def mentions(self, name: str, chain: str | None = None) -> bool:
         """Whether a rule, of one chain or of any, speaks of a set of this name."""
