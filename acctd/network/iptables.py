@@ -1,37 +1,44 @@
-"""The legacy iptables back end: one chain a job, found through a tree of chains on the interface's name.
+"""The legacy iptables back end: one chain a job, found through a tree of chains on the interface's name: see xtplan.py.
 
-    FORWARD -> ACCTD_FORWARD -> ACCTD_I  (-o ac+, into a job: asked first)  -> ACCTD_I3 -> ACCTD_I3f -> goto JOB_x
-                             -> ACCTD_O  (-i ac+, out of a job)             -> ACCTD_O3 -> ACCTD_O3f -> goto JOB_x
+A packet from job to job is a new incoming one for its receiver, and rejected before its sender is billed. Writes
+through python-iptables, reads the table's raw bytes; both under the lock iptables itself takes. Sees the legacy tables
+alone: what Debian's plain `iptables` writes is nf_tables, and another matter.
 
-A packet from job to job is thus a new incoming one for its receiver, and rejected before its sender is billed. Each
-level of the tree takes one hex digit of the name; slots are handed out with their digits reversed, so the tree stays
-even. Writes through python-iptables, reads the table's raw bytes; both under the lock iptables itself takes. Sees the
-legacy tables alone: what Debian's plain `iptables` writes is nf_tables, and another matter.
+The kernel numbers neither rules nor tables, and tells nobody of changes. What stands in for a chain's incarnation is
+what its last rule has counted, see xtplan.rules: `iptables -Z`, a restore of saved rules without their counters, and
+a program that died between its replacing a table and its adding the old counts all show in it. A restore with
+counters (`-c`) brings it back with the rest: that shows only if the counts are lower than those read before.
 """
 
-import re
+import itertools
+import secrets
 import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from ipaddress import ip_network
 from types import ModuleType
+from typing import NamedTuple
 
-from acctd.errors import AcctdError, UsageError
+from acctd.errors import AcctdError
 from acctd.kernel import xtables
-from acctd.kernel.xtables import V4, V6, Family
-from acctd.model import REMAINDER, Network
-from acctd.network import iptc_loader, xtcounts, xtrules
-from acctd.network.backend import PREFIX, ChainPlan, Pools, Sample
-from acctd.network.classes import by_longest_prefix
+from acctd.kernel.xtables import V4, V6, Family, Info, Table
+from acctd.model import Network
+from acctd.network import iptc_loader, xtcounts, xtplan, xtrules
+from acctd.network.backend import ChainPlan, Pools, Sample
+from acctd.network.xtcheck import Checker, Whole
 from acctd.network.xttable import Edit, transact
 
-OURS = "ACCTD_"
-FORWARD = "ACCTD_FORWARD"
-POSTROUTING = "ACCTD_POSTROUTING"
-INTO, OUT_OF = "ACCTD_I", "ACCTD_O"
-DEPTH = 2
-"""Levels below a root: 256 leaves. 4096 jobs make 16 rules a leaf, so a packet meets 48 at most."""
+_FORWARD_HOOK, _POSTROUTING_HOOK = 2, 4  # NF_INET_FORWARD, NF_INET_POST_ROUTING
+_MAKINGS = 1 << 40
 
-_NAME = re.compile(rf"{PREFIX}([0-9a-f]*)\Z")
+
+class _Tables(NamedTuple):
+    """One family's tables, and what is remembered of them."""
+
+    filters: Table
+    nat: Table
+    sampler: xtcounts.Sampler
+    checker: Checker
 
 
 class Iptables:
@@ -47,34 +54,46 @@ class Iptables:
             xtables.require(family, "filter", xtrules.EXTENSIONS)
             xtables.require(family, "nat", xtrules.NAT_EXTENSIONS)
         self._reading = threading.Lock()
-        self._readers = [(xtables.Table(family, "filter"), xtcounts.Sampler(family)) for family in self._pools]
+        self._tables = {
+            family: _Tables(
+                Table(family, "filter"), Table(family, "nat"), xtcounts.Sampler(family), Checker(family, pool)
+            )
+            for family, pool in self._pools.items()
+        }
+        self._checked: list[Info | None] = []
 
-    def add(self, plan: ChainPlan) -> None:
-        """Make the chain and its dispatch, and the shared parts if it is the first. An old chain of that name goes.
+    def add(self, *plans: ChainPlan) -> None:
+        """Make the chains and their dispatch, and the shared parts if missing. Old chains of these names go.
 
         Both IP versions or neither: what was made is taken back if the rest fails.
         """
-        digits = _digits(plan)
         with xtables.locked():
-            try:
-                for family in self._families(plan):
-                    transact(self._iptc, family, "filter", partial(_add, plan, digits))
-                    transact(self._iptc, family, "nat", partial(_masquerade, self._pools[family]))
-            except AcctdError:
-                self._take_back(plan, digits)
-                raise
+            self._make(plans, ())
+
+    def mend(self, *plans: ChainPlan) -> set[str]:
+        """As add(), but a chain whose rules are whole in both IP versions keeps its counts; the others."""
+        with self._reading, xtables.locked():
+            anew = set[str]()
+            for family, tables in self._tables.items():
+                blob, wanted = tables.filters.entries(), self._of(family, plans)
+                if blob is None:
+                    anew |= {plan.chain for plan in wanted}
+                else:
+                    anew |= tables.checker.misshapen(blob, tables.sampler.layout(blob), wanted)
+            self._make(plans, {plan.chain for plan in plans} - anew)
+        return anew
 
     def remove(self, plan: ChainPlan) -> None:
         """Remove chain and dispatch, and the shared parts if it was the last. Nothing there is fine.
 
         One IP version that cannot be cleaned does not keep the other from it; the first error is raised at the end.
         """
-        digits = _digits(plan)
+        xtplan.digits(plan)
         failed: AcctdError | None = None
-        with xtables.locked():
+        with xtables.locked(), self._following():
             for family in self._families(plan):
                 try:
-                    self._remove(family, plan, digits)
+                    self._remove(family, plan)
                 except AcctdError as e:
                     failed = failed or e
         if failed is not None:
@@ -87,9 +106,45 @@ class Iptables:
         """
         with self._reading:  # the buffers are kept; the file lock, being shared here, does not keep threads apart
             with xtables.locked(shared=True):
-                blobs = [(sampler, table.entries()) for table, sampler in self._readers]
+                blobs = [(tables.sampler, tables.filters.entries()) for tables in self._tables.values()]
             samples = [sampler.take(blob) for sampler, blob in blobs if blob is not None]
-        return {name: Sample(counts, "") for name, counts in xtcounts.total(samples, chain).items()}
+        found: dict[str, Sample] = {}
+        for name, counts in xtcounts.total(samples, chain).items():
+            making = counts.pop(xtcounts.MAKING, None)  # of both IP versions together: neither can change unseen
+            found[name] = Sample(counts, f"{making.packets:x}" if making else "")
+        return found
+
+    def broken(self, plans: Collection[ChainPlan]) -> set[str]:
+        """The chains that are not, or no longer, what add() made of them, or that it would lead to otherwise.
+
+        That includes the order in the built-in chains: a foreign rule before our jump may keep packets from it.
+        """
+        found: set[str] = set()
+        with self._reading:
+            with xtables.locked(shared=True):
+                self._checked = self._look()
+                fetched = [(family, t, t.filters.entries(), t.nat.entries()) for family, t in self._tables.items()]
+            for family, tables, filters, nat in fetched:
+                wanted = self._of(family, plans)
+                if filters is None or nat is None:
+                    found |= {plan.chain for plan in wanted}
+                    continue
+                found |= tables.checker.broken(
+                    Whole(filters, _hook(tables.filters, _FORWARD_HOOK)),
+                    tables.sampler.layout(filters),
+                    Whole(nat, _hook(tables.nat, _POSTROUTING_HOOK)),
+                    wanted,
+                )
+        return found
+
+    def changed(self) -> bool:
+        """Whether a table has another size, or number of rules, than when broken() looked, or than our own changes
+        since have left it with. So `iptables -Z`, or a rule put in another's place, is not noticed here.
+        """
+        return self._look() != self._checked
+
+    def watch(self) -> None:
+        """The kernel tells nobody what happens to legacy tables."""
 
     def close(self) -> None:
         """Nothing to give back: no descriptor outlives a call."""
@@ -97,150 +152,145 @@ class Iptables:
     def _families(self, plan: ChainPlan) -> list[Family]:
         return [family for family in self._pools if plan.ipv6 or family is V4]
 
-    def _remove(self, family: Family, plan: ChainPlan, digits: str) -> None:
-        jobs_left = transact(self._iptc, family, "filter", partial(_remove, plan, digits))
+    def _of(self, family: Family, plans: Collection[ChainPlan]) -> list[ChainPlan]:
+        return [plan for plan in plans if family in self._families(plan)]
+
+    def _look(self) -> list[Info | None]:
+        return [table.info() for tables in self._tables.values() for table in (tables.filters, tables.nat)]
+
+    @contextmanager
+    def _following(self) -> Iterator[None]:
+        """Under the lock: what nobody had changed before is not changed by us either."""
+        same = self._look() == self._checked
+        try:
+            yield
+        finally:
+            if same:
+                self._checked = self._look()
+
+    def _make(self, plans: Sequence[ChainPlan], kept: Collection[str]) -> None:
+        """Everything for these chains; rules for those that are not `kept`."""
+        for plan in plans:
+            xtplan.digits(plan)
+        makings = {plan.chain: 1 + secrets.randbelow(_MAKINGS) for plan in plans if plan.chain not in kept}
+        new: set[str] = set()
+        with self._following():
+            try:
+                for family, pool in self._pools.items():
+                    if wanted := self._of(family, plans):
+                        new |= transact(self._iptc, family, "filter", partial(_add, wanted, makings))
+                        transact(self._iptc, family, "nat", partial(_masquerade, family, pool))
+            except AcctdError:
+                self._take_back([plan for plan in plans if plan.chain in new])
+                raise
+
+    def _remove(self, family: Family, plan: ChainPlan) -> None:
+        jobs_left = transact(self._iptc, family, "filter", partial(_remove, plan))
         if not jobs_left:
             transact(self._iptc, family, "nat", _unmasquerade)
 
-    def _take_back(self, plan: ChainPlan, digits: str) -> None:
-        for family in self._families(plan):
-            try:
-                self._remove(family, plan, digits)
-            except AcctdError:
-                # What made add() fail is in the way here too, and is the error worth reporting; the job's own
-                # remove() comes later and says what is left.
-                continue
+    def _take_back(self, plans: Sequence[ChainPlan]) -> None:
+        for plan in plans:
+            for family in self._families(plan):
+                try:
+                    self._remove(family, plan)
+                except AcctdError:
+                    # What made add() fail is in the way here too, and is the error worth reporting; the job's own
+                    # remove() comes later and says what is left.
+                    continue
 
 
-def rules(family: Family, plan: ChainPlan) -> list[bytes]:
-    """A job's chain, in the order of the source document: out by class, in by class, reject."""
-    classes: list[tuple[Network | None, str]] = [*by_longest_prefix(plan.classes, family.version), (None, REMAINDER)]
-    accept = xtrules.verdict("ACCEPT")
-    # What leaves from another source than the job's own meets none of the outgoing rules, but the rejecting one.
-    own = next((ip_network(address) for address in plan.sources if address.version == family.version), None)
-    outgoing = [
-        xtrules.entry(
-            family,
-            accept,
-            inward=plan.ifname,
-            source=own,
-            destination=network,
-            matches=xtrules.comment_match(f"Outgoing{name}"),
-        )
-        for network, name in classes
-    ]
-    incoming = [
-        xtrules.entry(
-            family,
-            accept,
-            outward=plan.ifname,
-            source=network,
-            matches=xtrules.state_match() + xtrules.comment_match(f"Incoming{name}"),
-        )
-        for network, name in classes
-    ]
-    return [*outgoing, *incoming, xtrules.entry(family, xtrules.reject(family))]
+def _hook(table: Table, number: int) -> int:
+    """Where the built-in chain begins in what was fetched."""
+    return table.fetched.hooks[number] if table.fetched else -1
 
 
-def _add(plan: ChainPlan, digits: str, edit: Edit) -> None:
+def _add(plans: Sequence[ChainPlan], makings: dict[str, int], edit: Edit) -> set[str]:
+    """Rules for the chains that have a making. The chains that were not there before."""
     family = edit.family
-    _forget(edit, plan, digits)
-    edit.fill(plan.chain, rules(family, plan))
-    for root, towards in ((INTO, _outward), (OUT_OF, _inward)):
-        edit.ensure(root)
-        parent = root
-        for level in range(1, min(DEPTH, len(digits)) + 1):
-            node = root + digits[:level]
-            jump = towards(family, f"{PREFIX}{digits[:level]}+", node)
-            edit.ensure(node)
-            if not edit.holds(parent, jump, node):
-                edit.append(parent, jump)
-            parent = node
-        edit.append(parent, towards(family, plan.ifname, plan.chain, goto=True))
-    wanted = [(_outward(family, f"{PREFIX}+", INTO), INTO), (_inward(family, f"{PREFIX}+", OUT_OF), OUT_OF)]
-    if not edit.has(FORWARD) or not _is_exactly(edit, FORWARD, wanted):
-        edit.fill(FORWARD, [rule for rule, _ in wanted])
-    edit.put_first("FORWARD", FORWARD)
+    new = {plan.chain for plan in plans if not edit.has(plan.chain)}
+    tidied: set[str] = set()
+    for plan in plans:
+        _forget(edit, plan)
+        if plan.chain in makings:
+            edit.fill(plan.chain, xtplan.rules(family, plan, makings[plan.chain]))
+        for way in xtplan.ways(family, plan):
+            for step in way:
+                if step.chain not in tidied:
+                    tidied.add(step.chain)
+                    edit.ensure(step.chain)
+                    edit.drop(step.chain, partial(_is_strange, family, step.chain))
+                if step.target.startswith(xtplan.OURS):
+                    edit.ensure(step.target)
+                if not edit.holds(step.chain, step.rule, step.target):
+                    edit.append(step.chain, step.rule)
+    _call(edit, "FORWARD", xtplan.FORWARD, xtplan.forward(family))
+    return new
 
 
-def _remove(plan: ChainPlan, digits: str, edit: Edit) -> bool:
+def _is_strange(family: Family, chain: str, head: bytes, target: str) -> bool:
+    return not xtplan.is_of_tree(family, chain, head, target)
+
+
+def _remove(plan: ChainPlan, edit: Edit) -> bool:
     """Whether jobs are left."""
-    _forget(edit, plan, digits)
+    _forget(edit, plan)
     if edit.has(plan.chain):
         edit.delete(plan.chain)
-    for root in (INTO, OUT_OF):
-        for level in range(min(DEPTH, len(digits)), 0, -1):
-            node, parent = root + digits[:level], root + digits[: level - 1]
+    for root in xtplan.ROOTS:
+        through = xtplan.nodes(root, xtplan.digits(plan))
+        for parent, node in reversed(list(itertools.pairwise(through))):
             if edit.has(node) and not _populated(edit, node):
                 if edit.has(parent):
                     edit.drop(parent, lambda _, name, node=node: name == node)  # type: ignore[misc]
                 edit.delete(node)
-    if _populated(edit, INTO) or _populated(edit, OUT_OF):
+    if any(_populated(edit, root) for root in xtplan.ROOTS):
         return True
-    edit.drop("FORWARD", lambda _, name: name == FORWARD)
-    edit.delete(*(chain for chain in edit.chains() if chain.startswith(OURS)))
+    edit.drop("FORWARD", lambda _, name: name == xtplan.FORWARD)
+    edit.delete(*(chain for chain in edit.chains() if chain.startswith(xtplan.OURS)))
     return False
 
 
-def _forget(edit: Edit, plan: ChainPlan, digits: str) -> None:
+def _forget(edit: Edit, plan: ChainPlan) -> None:
     """Drop what leads to the chain, and what leads its interface elsewhere: a leftover of a job that had the name."""
     name = xtrules.interface(plan.ifname)
     at = edit.family.ifaces_at
-    for root, place in ((INTO, at + 16), (OUT_OF, at)):
-        leaf = root + digits[:DEPTH]
+    for root, place in ((xtplan.INTO, at + 16), (xtplan.OUT_OF, at)):
+        leaf = xtplan.nodes(root, xtplan.digits(plan))[-1]
         if edit.has(leaf):
             edit.drop(
                 leaf,
                 lambda head, target, place=place: (  # type: ignore[misc]
-                    target == plan.chain or (head[place : place + 16] == name and not target.startswith(OURS))
+                    target == plan.chain or (head[place : place + 16] == name and not target.startswith(xtplan.OURS))
                 ),
             )
     if edit.has(plan.chain) and edit.references(plan.chain):
         # An older job of this name sat on another interface: look everywhere.
         for chain in edit.chains():
-            if chain.startswith((INTO, OUT_OF)):
+            if chain.startswith(xtplan.ROOTS):
                 edit.drop(chain, lambda _, target: target == plan.chain)
 
 
-def _masquerade(pool: Network, edit: Edit) -> None:
-    family = edit.family
-    rule = xtrules.entry(family, xtrules.masquerade(family), source=pool, outward=f"{PREFIX}+", not_outward=True)
-    if not edit.has(POSTROUTING) or not _is_exactly(edit, POSTROUTING, [(rule, "MASQUERADE")]):
-        edit.fill(POSTROUTING, [rule])
-    edit.put_first("POSTROUTING", POSTROUTING)
+def _masquerade(family: Family, pool: Network, edit: Edit) -> None:
+    _call(edit, "POSTROUTING", xtplan.POSTROUTING, xtplan.masquerade(family, pool))
 
 
 def _unmasquerade(edit: Edit) -> None:
-    if edit.has(POSTROUTING):
-        edit.drop("POSTROUTING", lambda _, name: name == POSTROUTING)
-        edit.delete(POSTROUTING)
+    if edit.has(xtplan.POSTROUTING):
+        edit.drop("POSTROUTING", lambda _, name: name == xtplan.POSTROUTING)
+        edit.delete(xtplan.POSTROUTING)
 
 
-def _is_exactly(edit: Edit, chain: str, wanted: list[tuple[bytes, str]]) -> bool:
-    found = list(edit.rules(chain))
-    return len(found) == len(wanted) and all(
-        name == target and xtrules.same(edit.family, head, rule)
-        for (head, name), (rule, target) in zip(found, wanted, strict=True)
-    )
+def _call(edit: Edit, built_in: str, chain: str, steps: list[xtplan.Step]) -> None:
+    """Have the chain hold these rules and no others, and the built-in one call it first."""
+    found = list(edit.rules(chain)) if edit.has(chain) else []
+    if len(found) != len(steps) or not all(
+        name == step.target and xtrules.same(edit.family, head, step.rule)
+        for (head, name), step in zip(found, steps, strict=True)
+    ):
+        edit.fill(chain, [step.rule for step in steps])
+    edit.put_first(built_in, chain)
 
 
 def _populated(edit: Edit, chain: str) -> bool:
     return edit.has(chain) and next(edit.rules(chain), None) is not None
-
-
-def _outward(family: Family, name: str, chain: str, *, goto: bool = False) -> bytes:
-    return xtrules.entry(family, xtrules.verdict(chain), outward=name, goto=goto)
-
-
-def _inward(family: Family, name: str, chain: str, *, goto: bool = False) -> bytes:
-    return xtrules.entry(family, xtrules.verdict(chain), inward=name, goto=goto)
-
-
-def _digits(plan: ChainPlan) -> str:
-    match = _NAME.match(plan.ifname)
-    if match is None or len(plan.ifname) > 15:
-        raise UsageError(
-            f"interface {plan.ifname!r} of {plan.chain} cannot be a pipe's outer end; it is {PREFIX} and hex digits, "
-            "15 characters at most"
-        )
-    return match.group(1)

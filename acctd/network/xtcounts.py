@@ -3,7 +3,8 @@
 Reads bytes and nothing else. A table is walked once; after that, as long as it has the same size and every byte of
 every job's chain except its counters is where it was (so each count still lies under its own chain's name and its own
 comment), counters are taken at their remembered places. Otherwise the table is walked again, and a chain that is byte
-for byte the remembered one is stepped over in one go.
+for byte the remembered one is stepped over in one go. What the last rule of a chain counts is no packets, but tells
+which making of the chain it is: see xtplan.rules.
 Layout: include/uapi/linux/netfilter/x_tables.h; a user chain begins with an entry whose target is ERROR with its name.
 """
 
@@ -17,15 +18,19 @@ from acctd.network.backend import PREFIX, Count, Counts
 
 _HEAD = struct.Struct("=H29sB")
 _OFFSETS = struct.Struct("=HH")
-_ERROR_SIZE = 64
-_ERROR = struct.pack("=H29sB", _ERROR_SIZE, b"ERROR", 0)
-_JOB_HEAD = _ERROR + b"JOB_"
+ERROR_SIZE = 64
+ERROR = struct.pack("=H29sB", ERROR_SIZE, b"ERROR", 0)
+_JOB_HEAD = ERROR + b"JOB_"
+_RETURN = struct.pack("=H29sBi4x", 40, b"", 0, -5)
 _COUNTERS = 16
+MAKING = "making"
+"""What the last rule's packets are called among a chain's counts."""
+
 _count = partial(tuple.__new__, Count)  # what Count._make does, without a Python frame for each of thousands
 
 
 @dataclass(frozen=True, slots=True)
-class _Chain:
+class Chain:
     """One job's chain from its head to the next chain's, wherever it lies in the table."""
 
     name: str
@@ -38,9 +43,12 @@ class _Chain:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
+class Layout:
+    """A table with its jobs' chains in it, and where each begins."""
+
     size: int
-    chains: tuple[_Chain, ...]
+    chains: tuple[Chain, ...]
+    places: tuple[int, ...]
     rules: tuple[tuple[str, tuple[str, ...], bool], ...]  # chain, comments, whether each is there once
     frame: struct.Struct
     expected: tuple[bytes, ...]
@@ -60,13 +68,18 @@ class Sampler:
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
 
-    def take(self, blob: memoryview) -> Sample:
-        """The counts in `blob`. It may come from any namespace: nothing remembered is believed unseen."""
+    def layout(self, blob: memoryview) -> Layout:
+        """Where what is in `blob`. It may come from any namespace: nothing remembered is believed unseen."""
         layout = self._layout
         if layout is None or layout.size != len(blob) or layout.frame.unpack_from(blob) != layout.expected:
             layout = self._layout = _survey(self._family, bytes(blob), layout)
+        return layout
+
+    def take(self, blob: memoryview) -> Sample:
+        """The counts in `blob`."""
+        layout = self.layout(blob)
         return Sample(layout.rules, layout.counters.unpack_from(blob))
 
 
@@ -103,14 +116,15 @@ def _part(sample: Sample, only: str) -> Sample:
     return Sample((), ())
 
 
-def _survey(family: Family, raw: bytes, before: _Layout | None) -> _Layout:
+def _survey(family: Family, raw: bytes, before: Layout | None) -> Layout:
     """Walk a whole table; what was known of it `before` saves most of the way."""
     known = {chain.name: chain for chain in before.chains} if before else {}
     offsets_at, bare, end, unpack = family.offsets_at, family.size, len(raw), _OFFSETS.unpack_from
-    head = bare + _ERROR_SIZE
+    head = bare + ERROR_SIZE
     frames: dict[str, struct.Struct] = {}
     comments: dict[bytes, str | None] = {}
-    chains: list[_Chain] = []
+    chains: list[Chain] = []
+    places: list[int] = []
     around, counters = ["="], ["="]
     gap = position = 0  # `gap`: where the stretch of other entries began that the walk is in
     while position < end:
@@ -123,14 +137,16 @@ def _survey(family: Family, raw: bytes, before: _Layout | None) -> _Layout:
         if chain is None or position + chain.length > end or chain.frame.unpack_from(raw, position) != chain.expected:
             chain = _walk(family, raw, position, name, frames, comments)
         chains.append(chain)
+        places.append(position)
         skip = f"{position - gap}x"
         around += (skip, chain.around)
         counters += (skip, chain.counters)
         gap = position = position + chain.length
     frame = struct.Struct("".join(around))
-    return _Layout(
+    return Layout(
         end,
         tuple(chains),
+        tuple(places),
         tuple((chain.name, chain.rules, len(set(chain.rules)) == len(chain.rules)) for chain in chains),
         frame,
         frame.unpack_from(raw),
@@ -145,7 +161,7 @@ def _walk(
     name: str,
     frames: dict[str, struct.Struct],
     comments: dict[bytes, str | None],
-) -> _Chain:
+) -> Chain:
     """The chain whose head lies at `start`, up to the next head. The table's own last entry looks like one.
 
     `frames` and `comments` hold what other chains had already: most chains of a node are of one shape.
@@ -156,12 +172,16 @@ def _walk(
     position = start + _OFFSETS.unpack_from(raw, start + family.offsets_at)[1]
     while position < len(raw):
         to, following = _OFFSETS.unpack_from(raw, position + family.offsets_at)
-        if raw.startswith(_ERROR, position + to):
+        if raw.startswith(ERROR, position + to):
             break
         here = position + family.counters_at
         around += f"{here - done}s{_COUNTERS}x"
         comment = None
-        if to > family.size and _ours(family, raw, position):
+        if to == family.size:
+            # Every chain is closed by one like it, which then comes before the next chain's head.
+            if raw.startswith(_RETURN, position + to) and not raw.startswith(ERROR, position + following + family.size):
+                comment = MAKING
+        elif _ours(family, raw, position):
             matches = raw[position + family.size : position + to]
             if matches not in comments:
                 comments[matches] = _comment(matches)
@@ -179,7 +199,7 @@ def _walk(
     if frame is None:
         frame = frames[around] = struct.Struct("=" + around)
     expected = frame.unpack_from(raw, start)
-    return _Chain(name, tuple(rules), position - start, around, counters, frame, expected)
+    return Chain(name, tuple(rules), position - start, around, counters, frame, expected)
 
 
 def _ours(family: Family, raw: bytes, position: int) -> bool:

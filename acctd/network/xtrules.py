@@ -67,8 +67,12 @@ def entry(
     destination: Network | None = None,
     matches: bytes = b"",
     goto: bool = False,
+    packets: int = 0,
 ) -> bytes:
-    """One whole rule. `inward` is -i, `outward` -o; a name that ends in + is a prefix, as for iptables."""
+    """One whole rule. `inward` is -i, `outward` -o; a name that ends in + is a prefix, as for iptables.
+
+    `packets` is what its counter starts with.
+    """
     octets = 4 if family.version == 4 else 16
     networks = [network.network_address.packed if network else bytes(octets) for network in (source, destination)]
     masks = [network.netmask.packed if network else bytes(octets) for network in (source, destination)]
@@ -81,12 +85,19 @@ def entry(
         head += struct.pack("=HBBB3x4x", 0, 0, 0x04 if goto else 0, invert)  # proto, tos, flags, invflags; nfcache
     target_at = family.size + len(matches)
     head += struct.pack("=HH", target_at, target_at + len(target))
-    return head.ljust(family.size, b"\0") + matches + target
+    counters = struct.pack("=QQ", packets, 0)
+    return head.ljust(family.counters_at, b"\0") + counters + matches + target
 
 
 def same(family: Family, one: bytes, other: bytes) -> bool:
     """Whether two entries' heads ask for the same packets: addresses, interfaces, flags, and the sizes that follow."""
     return one[: family.offsets_at + 4] == other[: family.offsets_at + 4]
+
+
+def interfaces(family: Family, head: bytes) -> tuple[str, str]:
+    """-i and -o of an entry, as they stand there."""
+    inward, outward = (head[at : at + _IFNAMSIZ] for at in (family.ifaces_at, family.ifaces_at + _IFNAMSIZ))
+    return inward.split(b"\0", 1)[0].decode("ascii", "replace"), outward.split(b"\0", 1)[0].decode("ascii", "replace")
 
 
 def interface(name: str) -> bytes:

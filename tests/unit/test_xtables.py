@@ -9,10 +9,9 @@ import pytest
 from acctd.errors import ExhaustedError, UsageError
 from acctd.kernel.xtables import V4, V6, Family, locked
 from acctd.model import chain_name, parse_class
-from acctd.network import xtrules
+from acctd.network import xtplan, xtrules
 from acctd.network.backend import ChainPlan, Count
-from acctd.network.iptables import _digits, rules
-from acctd.network.xtcounts import Sampler, total
+from acctd.network.xtcounts import MAKING, Sampler, total
 
 CLASSES = (parse_class("Internal", ["129.93.0.0/16", "10.0.0.0/8"]), parse_class("Lab", ["129.93.5.0/24"]))
 
@@ -21,13 +20,22 @@ def plan(job: str, ifname: str, *, ipv6: bool = True) -> ChainPlan:
     return ChainPlan(chain_name(job), ifname, CLASSES, ipv6)
 
 
+MADE = 7
+RETURN = struct.pack("=H29sBi4x", 40, b"", 0, -5)
+
+
+def rules(family: Family, chosen: ChainPlan) -> list[bytes]:
+    """As the kernel gives them: a standard target is its verdict."""
+    return [rule.replace(xtrules.verdict("RETURN"), RETURN) for rule in xtplan.rules(family, chosen, MADE)]
+
+
 def head(family: Family, name: str) -> bytes:
     return xtrules.entry(family, struct.pack("=H29sB32s", 64, b"ERROR", 0, name.encode()))
 
 
 def table(family: Family, chains: dict[str, list[bytes]], counts: list[tuple[int, int]] = ()) -> memoryview:
     """What GET_ENTRIES gives: three policies, the user chains, each ended by a RETURN, and the closing ERROR."""
-    back = xtrules.entry(family, xtrules.verdict(""))
+    back = xtrules.entry(family, RETURN)
     parts = [back] * 3
     for name, entries in chains.items():
         parts += [head(family, name), *entries, back]
@@ -91,6 +99,7 @@ def test_counts_are_by_chain_and_comment_and_several_networks_make_one_class():
             "IncomingLab": Count(500, 5),
             "IncomingInternal": Count(1300, 13),
             "IncomingExternal": Count(800, 8),
+            MAKING: Count(0, MADE),
         }
     }
 
@@ -136,7 +145,7 @@ def test_a_remembered_layout_gives_what_a_new_walk_gives_as_jobs_come_and_go(fam
         if living.pop(job, None) is None:
             living[job] = rules(family, plan(job[4:], f"ac{step:x}"))
         foreign = {"DOCKER": [xtrules.entry(family, xtrules.verdict("ACCEPT"))] * (step % 3)}
-        count = sum(len(chain) - 1 for chain in living.values())
+        count = sum(len(chain) - 2 for chain in living.values())
         blob = table(family, {**living, **foreign}, [(step + n, step * n) for n in range(count)])
         assert sampler.take(blob) == Sampler(family).take(blob)
         assert total([sampler.take(blob)]).keys() == living.keys()
@@ -148,8 +157,8 @@ def test_a_rule_about_no_pipe_is_nobodys_even_in_a_chain_of_that_name():
 
 
 def test_only_a_pipes_name_is_taken():
-    assert _digits(plan("1", "ac3f20")) == "3f20"
-    assert _digits(plan("1", "ac")) == ""
+    assert xtplan.digits(plan("1", "ac3f20")) == "3f20"
+    assert xtplan.digits(plan("1", "ac")) == ""
     for name in ("eth0", "acXY", "ac3f+", "ac" + "0" * 14):
         with pytest.raises(UsageError, match=r"interface.*outer end"):
-            _digits(plan("1", name))
+            xtplan.digits(plan("1", name))
