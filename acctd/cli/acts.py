@@ -26,7 +26,7 @@ def kill(jobs: tuple[str, ...], socket_path: str | None, config_path: str | None
 @jobs_argument
 @agent_options
 def suspend(jobs: tuple[str, ...], socket_path: str | None, config_path: str | None) -> int:
-    """Stop every process of each JOB where it is, until `acctd continue`.
+    """Stop every process of each JOB where it is, until acctd continue.
 
     They do not notice; no signal is sent. Wall time goes on.
     """

@@ -16,6 +16,11 @@ from acctd.cli.main import acctd
 FILES = {"bash": "acctd.bash", "zsh": "_acctd", "fish": "acctd.fish"}
 """Shell -> file, named as the shells look for them."""
 
+_CALLED = "if [[ $zsh_eval_context[-1] == loadautofunc ]]; then"
+_CALLED_AGAIN = 'if [[ "$funcstack[1]" == _acctd ]]; then'
+"""How the zsh file knows that it is called, and not sourced. Click's way holds for the first call of a session alone:
+the second would complete nothing."""
+
 
 def text(shell: str) -> str:
     """What one shell is to read."""
@@ -24,7 +29,8 @@ def text(shell: str) -> str:
         raise ValueError(f"click knows no completion for {shell}")
     # The template alone: source() would also start the shell to ask for its version.
     maker = kind(acctd, {}, "acctd", "_ACCTD_COMPLETE")
-    return (maker.source_template % maker.source_vars()).strip() + "\n"
+    made = (maker.source_template % maker.source_vars()).strip() + "\n"
+    return made.replace(_CALLED, _CALLED_AGAIN)
 
 
 def write(directory: Path) -> None:

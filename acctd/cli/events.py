@@ -17,6 +17,9 @@ from acctd.cli.table import clean
 from acctd.client import Client, Event
 from acctd.errors import UnavailableError
 
+ANSWER = 1000
+"""Events in one answer, at most; the agent gives the newest."""
+
 _RETRY = 0.5  # s between two attempts to reach an agent that went away
 
 
@@ -28,8 +31,8 @@ _RETRY = 0.5  # s between two attempts to reach an agent that went away
     "-n",
     "--limit",
     metavar="N",
-    type=click.IntRange(min=1),
-    help="The newest N of them. [default: 20; with --since as many as the agent gives at once]",
+    type=click.IntRange(1, ANSWER),
+    help=f"The newest N of them, {ANSWER} at most. [default: 20; with --since {ANSWER}]",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @agent_options
@@ -45,7 +48,7 @@ def command(
     """List what happened to jobs and to the agent, the oldest first.
 
     Each line has the event's number, the time, the job (- is the agent itself), what it was, and a few words. Numbers
-    only grow: `--since` with the last one seen goes on where you were. Root sees all events, another user those of own
+    only grow: --since with the last one seen goes on where you were. Root sees all events, another user those of own
     jobs. With -f an agent that is started anew is waited for, and what it did meanwhile is listed too.
     """
     path = where(socket_path, config_path)
@@ -68,11 +71,14 @@ class Log:
         self._path, self._job = path, job
 
     def past(self, since: int | None = None, limit: int | None = None) -> list[Event]:
-        """What the ledger has, the oldest first."""
+        """What the ledger has, the oldest first. Says so where all was wanted and an answer holds no more."""
         wanted = {"since": since, "job": self._job, "limit": limit}
         with Client(self._path) as agent:
             answer = agent.call("Events", **{name: value for name, value in wanted.items() if value is not None})
-        return [client.event(event) for event in answer["events"]]
+        events = [client.event(event) for event in answer["events"]]
+        if limit is None and len(events) == ANSWER:
+            say(f"acctd: these are the newest {ANSWER}; there may be older ones after number {since or 0}")
+        return events
 
     def follow(self, since: int | None, limit: int | None) -> Iterator[Event]:
         """What the ledger has, then what happens, for ever; each event once.
