@@ -16,7 +16,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -247,10 +246,8 @@ def main() -> None:
         dense = latency(served, names, plan.latency, back_to_back=True)
         lines = served.log().count(" trouble: ")
     _print(plan, costs, ticks, usual, dense)
-    for sentence in missing:
-        print(f"Not as it should be: {sentence}", file=sys.stderr)
-    if lines:
-        print(f"Not as it should be: the agent logged trouble {lines} times", file=sys.stderr)
+    for sentence in [*missing, *([f"acctd: logged trouble {lines} times"] if lines else [])]:
+        print(f"\nNot as it should be: {sentence}.")
 
 
 def _print(

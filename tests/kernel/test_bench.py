@@ -20,6 +20,9 @@ NUMBER = re.compile(r"\d+(\.\d+)?( \(\d+(\.\d+)?\))?\Z")
         ("lifecycle", ["ledger: sign off", "pipe: make", "0", "2"]),
         ("poll", ["idle", "busy"]),
         ("chains", ["nftables: acctd, same", "nftables: nft -j list ruleset", "iptables: ip(6)tables-legacy-save -c"]),
+        ("agent", ["acctd", "psutil", "C, the agent's files", "ticks back to back", "Usage, fresh connection"]),
+        ("hook", ["python3 -c pass", "acctd-hook usage", "the agent's part"]),
+        ("storm", ["nftables, acctd-hook", "nftables, socket", "iptables, acctd-hook", "iptables, socket"]),
     ],
 )
 def test_a_quick_run_prints_its_table(module, rows):
