@@ -7,17 +7,18 @@ is shown to a user, and how a command is started, is not this room's business.
 import os
 import socket
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+from acctd import mending
 from acctd.cgroup.driver import arm_block_counters
 from acctd.cgroup.layout import Layout, discover
 from acctd.config import Config
 from acctd.errors import AcctdError, InUseError, KernelRefusedError, LedgerError, NotPermittedError
-from acctd.job import NETWORK, NETWORK_NAMES, Ending, Job, boottime, hold, listed
+from acctd.job import NETWORK_NAMES, Ending, Job, boottime, hold, listed
 from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
 from acctd.ledger import FILE, Ledger, Place, Terms, encode_row, move_aside
 from acctd.meter import add
@@ -174,7 +175,7 @@ class Agent:
                 if isinstance(reader, BlkioReader):
                     job.find_stacked(readings)
         if chains is not None:
-            _take_sample(job, chains.get(chain_name(job.spec.id)))
+            job.take_sample(chains.get(chain_name(job.spec.id)))
 
     def read_one(self, job: Job) -> None:
         """Meter one job by itself, chain included."""
@@ -185,12 +186,6 @@ class Agent:
             except (AcctdError, OSError) as e:
                 job.note(f"the job's chain could not be read ({e}); network bytes since the last reading are missing")
         self.take(job, samples)
-
-    def take_last(self, job: Job, sample: Sample) -> None:
-        """Meter the last counts of a chain that another program has just removed; mend() makes it anew."""
-        if job.incarnation in (None, sample.incarnation):
-            _take_sample(job, sample)
-            job.damage = job.damage or "its chain was removed"
 
     def store(self, jobs: Iterable[Job]) -> None:
         """Put the accounts so far into the ledger, as far as they have changed."""
@@ -227,45 +222,13 @@ class Agent:
         self.held = {job.row.seq: job for job in self.held.values()}
         return aside
 
-    # Mending what other programs did to chains
-
     def mend(self, jobs: Iterable[Job]) -> list[tuple[Job, str]]:
-        """Make the chains anew that no longer count all of their jobs' packets; the jobs, and what befell each.
-
-        What they had counted when they were read last is kept; what passed from then on until now is lost, and how
-        much that can be at most is said, also in the job's notes.
-        """
-        mended: list[tuple[Job, str]] = []
-        for chains, mine in self._by_backend(jobs).items():
-            broken = chains.broken([job.plan for job in mine if job.plan is not None])
-            damaged = [job for job in mine if job.damage is not None]
-            cut_off = [job for job in mine if job.damage is None and job.plan and job.plan.chain in broken]
-            if not damaged and not cut_off:
-                continue
-            # What a chain counted that is whole and only cut off is there to be read; mend() may find it beyond that.
-            samples = chains.read()
-            for job in cut_off:
-                _take_sample(job, samples.get(chain_name(job.spec.id)))
-            damaged += [job for job in cut_off if job.damage is not None]
-            with self._network_lock():
-                for pools in {job.pools for job in (*damaged, *cut_off) if job.pools is not None}:
-                    host.enable_forwarding(ipv6=pools.v6 is not None)
-                    host.keep_in(pools)
-                if damaged:
-                    chains.add(*(job.plan for job in damaged if job.plan is not None))
-                again = [job.plan for job in cut_off if job.damage is None and job.plan is not None]
-                anew = chains.mend(*again) if again else set()
-            for job in {id(job): job for job in (*damaged, *cut_off)}.values():
-                made = job.damage is not None or (job.plan is not None and job.plan.chain in anew)
-                mended.append((job, _repaired(job, anew=made)))
-        return mended
-
-    def _by_backend(self, jobs: Iterable[Job]) -> dict[Chains, list[Job]]:
-        found: dict[Chains, list[Job]] = {}
+        """Mend the chains that other programs have damaged; the jobs, and what befell each. See mending.py."""
+        by_backend: dict[Chains, list[Job]] = {}
         for job in jobs:
             if (chains := self.chains_of(job)) is not None:
-                found.setdefault(chains, []).append(job)
-        return found
+                by_backend.setdefault(chains, []).append(job)
+        return [each for chains, mine in by_backend.items() for each in mending.mend(chains, mine, self._network_lock)]
 
     # Finishing
 
@@ -288,7 +251,7 @@ class Agent:
         self.take_pipe(job)
         self.read_one(job)
         if job.damage is not None:
-            job.note(f"{job.damage} by another program; {_bound(job, passed)} of the job are not counted")
+            job.note(f"{job.damage} by another program; {mending.bound(job, passed)} of the job are not counted")
         return self.record(job, ending)
 
     def sign_off(self, job: Job, record: Record) -> None:
@@ -345,6 +308,18 @@ class Agent:
             host.keep_in(job.pools)
             chains.add(job.plan)
         job.namespace = pipe.make(self.netns(job), job.lease)
+
+    @contextmanager
+    def inside(self, job: Job) -> Iterator[int]:
+        """A descriptor of the job's network namespace; an adopted job has it by its name only."""
+        if job.namespace is not None:
+            yield job.namespace
+            return
+        namespace = os.open(self.netns(job), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield namespace
+        finally:
+            os.close(namespace)
 
     def move_pipe(self, job: Job, pid: int, uid: int) -> None:
         """Lead the job's pipe into the network namespace of a process of `uid`; raises as pipe.move does."""
@@ -457,39 +432,3 @@ def with_default_classes(spec: JobSpec, config: Config) -> JobSpec:
     """The configured classes, with those that the job names itself put in their place by name."""
     own = {cls.name for cls in spec.classes}
     return replace(spec, classes=(*spec.classes, *(cls for cls in config.network.classes if cls.name not in own)))
-
-
-def _take_sample(job: Job, sample: Sample | None) -> None:
-    """Meter a chain's counts, unless they are not those of the chain that was read before: see Agent.mend()."""
-    if job.damage is not None:
-        return
-    if sample is None:
-        job.damage = "its chain was removed"
-    elif job.incarnation not in (None, sample.incarnation):
-        job.damage = "its chain was replaced"
-    elif job.counted_back(sample.counts):
-        job.damage = "its counters were set back"
-    else:
-        job.incarnation = sample.incarnation
-        job.feed_counts(sample.counts)
-
-
-def _repaired(job: Job, *, anew: bool) -> str:
-    """Go on from a chain that was just mended, or made anew and so is at zero; says what befell it."""
-    passed = rtnetlink.link_bytes(job.lease.ifname) if job.lease else None
-    what = job.damage or "its chain was cut off"
-    sentence = f"{what} by another program and mended; {_bound(job, passed)} of the job so far are not counted"
-    if anew:
-        job.meter.rebase(NETWORK)
-        job.incarnation = job.counts = None
-    job.damage = None
-    job.note(sentence)
-    return sentence
-
-
-def _bound(job: Job, passed: int | None) -> str:
-    """What can be missing at most, by what the pipe has passed in all; also what no rule counts is in that."""
-    if passed is None:
-        return "bytes since the last reading"
-    counted = sum(job.meter.now().get(NETWORK_NAMES[0], {}).values())
-    return f"at most {max(0, passed - counted)} bytes"

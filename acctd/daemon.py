@@ -6,8 +6,8 @@ is decided in methods.py.
 """
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,21 +20,18 @@ from acctd.config import Config
 from acctd.cost import Cost
 from acctd.errors import AcctdError, InUseError, NotFoundError, UsageError
 from acctd.job import Ending, Job, boottime
-from acctd.kernel import procs
-from acctd.kernel.nfevents import News
-from acctd.ledger import Event, Rule, Terms
+from acctd.kernel import nfevents, procs
+from acctd.ledger import Rule, Terms
 from acctd.model import JobSpec, Record
+from acctd.network import resolver
 from acctd.network.backend import Chains, Count, Sample
+from acctd.news import News
 from acctd.recovery import recover
 from acctd.sentry import Sentry
 from acctd.vigil import Vigil
 
 _SLICE = 20
 """Jobs read before the loop may do something else: about 2 ms of work."""
-
-_EVENTS_WAITING = 1000  # per watcher; one that does not read misses the oldest
-
-log = logging.getLogger("acctd")
 
 
 class Daemon:
@@ -44,14 +41,14 @@ class Daemon:
         self.agent = agent
         self.books = Books(agent)
         self.cost = Cost()
+        self.news = News(self.books, self.cost)
         self.jobs: dict[str, Job] = {}
         self._busy: set[str] = set()  # being finished
-        self._watchers: set[asyncio.Queue[Event]] = set()
         self._vigil = Vigil()
         self._sentry = Sentry(self._heard)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._relays: dict[str, resolver.Relay] = {}
         self._ticking = False
-        self._told: set[str] = set()  # trouble that is told once, not each tick
 
     # Beginning and end
 
@@ -63,8 +60,10 @@ class Daemon:
         self._recover()
         for job in self.jobs.values():
             self._keep_watch(job)
+            self._relay(job)
             # Before anything is mended: the kernel went on counting.
-            self._read(lambda job=job: self.agent.read_one(job), job)
+            with self._telling(job):
+                self.agent.read_one(job)
         self._guard(self.jobs.values())
         self._mend(self.jobs.values())
         self.books.store(self.jobs.values())
@@ -75,8 +74,11 @@ class Daemon:
         self._sentry.close()
         for task in self._tasks:
             task.cancel()
+        for name in list(self._relays):
+            self._unrelay(name)
         for job in self.jobs.values():
-            self._read(lambda job=job: self.agent.read_one(job), job)
+            with self._telling(job):
+                self.agent.read_one(job)
         self.books.store(self.jobs.values())
         for job in self.jobs.values():
             job.close()
@@ -91,12 +93,17 @@ class Daemon:
 
     def _recover(self) -> None:
         for record in recover(self.agent, adopt=self._adopt):
-            self.tell(record.id, "finished", f"recovered; {record.state}; {' '.join(record.notes)}".rstrip("; "))
-        self._report_trouble()
+            self.news.tell(record.id, "finished", f"recovered; {record.state}; {' '.join(record.notes)}".rstrip("; "))
+        self._report()
+
+    def _report(self) -> None:
+        for sentence in self.agent.trouble:
+            self.news.trouble(None, sentence)
+        self.agent.trouble.clear()
 
     def _adopt(self, job: Job) -> None:
         self.jobs[job.spec.id] = job
-        self.tell(job.spec.id, "adopted", "held again after a restart; the kernel went on counting")
+        self.news.tell(job.spec.id, "adopted", "held again after a restart; the kernel went on counting")
 
     # Jobs
 
@@ -117,8 +124,9 @@ class Daemon:
         self.jobs[spec.id] = job
         self._keep_watch(job)
         self._guard([job])
+        self._relay(job)
         inside = f" inside {spec.parent}" if spec.parent is not None else ""
-        self.tell(spec.id, "created", f"for {spec.owner.name}{inside}, network {spec.network}")
+        self.news.tell(spec.id, "created", f"for {spec.owner.name}{inside}, network {spec.network}")
         return job
 
     def register(self, spec: JobSpec, pid: int, terms: Terms) -> Job:
@@ -164,7 +172,7 @@ class Daemon:
             job.row = replace(job.row, phase="running", terms=replace(job.row.terms, main=main))
             self.books.write(lambda: self.agent.ledger.set_terms(job.row.seq, job.row.terms))
             self._keep_watch(job)
-            self.tell(job.spec.id, "began", f"pid {pid}")
+            self.news.tell(job.spec.id, "began", f"pid {pid}")
 
     def track(self, job: Job, rule: Rule) -> set[int]:
         """Take the processes that a rule names, now and at every tick; those found now."""
@@ -190,6 +198,26 @@ class Daemon:
             except NotFoundError:
                 continue  # it ended by itself
 
+    def _relay(self, job: Job) -> None:
+        """Let the host's resolver answer inside, where it listens on a loopback that the job has not."""
+        self._unrelay(job.spec.id)
+        if job.spec.network != "nat" or not (servers := resolver.host_servers()):
+            return
+        try:
+            with self.agent.inside(job) as namespace:
+                relay = resolver.Relay(namespace, servers)
+        except (AcctdError, OSError) as e:
+            job.note(f"the host's resolver does not answer inside the job: {e}")
+            return
+        for server, why in relay.skipped:
+            job.note(f"the resolver {server} does not answer inside the job: {why}")
+        relay.serve()
+        self._relays[job.spec.id] = relay
+
+    def _unrelay(self, name: str) -> None:
+        if (relay := self._relays.pop(name, None)) is not None:
+            relay.close()
+
     def network_of(self, job: Job) -> Job | None:
         """The job whose network a job's processes are in: itself, or the nearest above that has one of its own."""
         place: Job | None = job
@@ -204,6 +232,7 @@ class Daemon:
         if job.row.phase != "made" or job.row.terms.moved:
             raise UsageError(f"job {job.spec.id!r} runs already; its pipe can be moved once, before that")
         self.agent.move_pipe(job, pid, uid)
+        self._relay(job)
         job.row = replace(job.row, terms=replace(job.row.terms, moved=True))
         self.agent.ledger.set_terms(job.row.seq, job.row.terms)
 
@@ -302,15 +331,16 @@ class Daemon:
         record = self.agent.last_reading(job, ending, patience=0.0)  # kill() has had it, without blocking others
         self._forget(job)
         if self.books.sign_off(job, record):
-            self.tell(record.id, "finished", f"{record.state}, wall {record.wall_ns / 1e9:.3f} s")
+            self.news.tell(record.id, "finished", f"{record.state}, wall {record.wall_ns / 1e9:.3f} s")
         else:
-            self.tell(record.id, "waiting", "finished, but its record cannot be written yet")
-        self._report_trouble()
+            self.news.tell(record.id, "waiting", "finished, but its record cannot be written yet")
+        self._report()
         return record
 
     def _forget(self, job: Job) -> None:
         self.jobs.pop(job.spec.id, None)
         self._vigil.forget(job.spec.id)
+        self._unrelay(job.spec.id)
 
     def record(self, name: str) -> Record:
         """The newest record of an id, also one that waits to be written. Raises NotFoundError."""
@@ -334,13 +364,13 @@ class Daemon:
         if self.jobs.get(job.spec.id) is job:
             job.row = replace(job.row, terms=replace(job.row.terms, main_ended_ns=boottime()))
             self.books.write(lambda: self.agent.ledger.set_terms(job.row.seq, job.row.terms))
-            self.tell(job.spec.id, "ended", "its first process has ended")
+            self.news.tell(job.spec.id, "ended", "its first process has ended")
 
     async def _watcher_ended(self, job: Job) -> None:
         """Nobody will finish it: its processes go to its parent, or it is finished once it has none."""
         if self.jobs.get(job.spec.id) is not job:
             return
-        self.tell(job.spec.id, "abandoned", "its watcher has ended")
+        self.news.tell(job.spec.id, "abandoned", "its watcher has ended")
         if job.row.phase == "made" and not job.cgroups.living():
             self._forget(job)
             self.agent.abandon(job)
@@ -353,9 +383,10 @@ class Daemon:
         while self.jobs.get(job.spec.id) is job:
             await asyncio.sleep(interval)
             if self.jobs.get(job.spec.id) is job and job.spec.id not in self._busy:
-                self._read(lambda: self.agent.read_one(job), job)
+                with self._telling(job):
+                    self.agent.read_one(job)
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -363,7 +394,7 @@ class Daemon:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._trouble(None, error)
+            self.news.trouble(None, error)
 
     # Ticks
 
@@ -389,7 +420,8 @@ class Daemon:
             for job in part:
                 chains = self.agent.chains_of(job)
                 samples = dumps.get(chains) if chains is not None else None
-                self._read(lambda job=job, samples=samples: self.agent.take(job, samples), job)
+                with self._telling(job):
+                    self.agent.take(job, samples)
             self.books.store(part)
             await asyncio.sleep(0)
         self.books.seen()
@@ -400,7 +432,7 @@ class Daemon:
             try:
                 dumps[chains] = chains.read()
             except (AcctdError, OSError) as e:
-                self._trouble(None, e)
+                self.news.trouble(None, e)
             await asyncio.sleep(0)
         return dumps
 
@@ -409,11 +441,12 @@ class Daemon:
         self._mend(self._idle())
         for job in self._idle():
             if job.row.terms.rules:
-                self._read(lambda job=job: self._take_tracked(job), job)
+                with self._telling(job):
+                    self._take_tracked(job)
             if job.row.parent is None and job.row.terms.watcher and not procs.is_alive(job.row.terms.watcher):
                 await self._watcher_ended(job)
         for record in self.books.catch_up():
-            self.tell(record.id, "finished", f"{record.state}; its record could be written now")
+            self.news.tell(record.id, "finished", f"{record.state}; its record could be written now")
         self.agent.clear_up()
         await asyncio.sleep(0)
 
@@ -421,11 +454,11 @@ class Daemon:
         try:
             mended = self.agent.mend(jobs)
         except (AcctdError, OSError) as e:
-            self._trouble(None, e)
+            self.news.trouble(None, e)
             return
         self.books.store(job for job, _ in mended)
         for job, sentence in mended:
-            self.tell(job.spec.id, "mended", sentence)
+            self.news.tell(job.spec.id, "mended", sentence)
 
     def _guard(self, jobs: Iterable[Job]) -> None:
         """Hear soon of what other programs do to the chains of these jobs."""
@@ -433,16 +466,17 @@ class Daemon:
             try:
                 self._sentry.guard(chains)
             except (AcctdError, OSError) as e:
-                self._trouble(None, e)  # the next tick finds what nobody tells us of
+                self.news.trouble(None, e)  # the next tick finds what nobody tells us of
 
-    def _heard(self, chains: Chains, news: News[Count] | None) -> None:
+    def _heard(self, chains: Chains, news: nfevents.News[Count] | None) -> None:
         """Another program changed the ruleset: take the last counts of what it deleted, and mend."""
         mine = [job for job in self.jobs.values() if self.agent.chains_of(job) is chains]
         if news is not None:
             named = {job.plan.chain: job for job in mine if job.plan is not None}
             for (chain, incarnation), counts in news.deleted.items():
                 if chain in named:
-                    self.agent.take_last(named[chain], Sample(counts, incarnation))
+                    named[chain].take_last(Sample(counts, incarnation))
+        self.books.store(mine)
         self._mend(mine)
 
     def _idle(self) -> list[Job]:
@@ -451,45 +485,10 @@ class Daemon:
     def _is_idle(self, job: Job) -> bool:
         return self.jobs.get(job.spec.id) is job and job.spec.id not in self._busy
 
-    def _read(self, act: Any, job: Job) -> None:
+    @contextmanager
+    def _telling(self, job: Job) -> Iterator[None]:
+        """Trouble with one job is told, and keeps no other from its turn."""
         try:
-            act()
+            yield
         except (AcctdError, OSError) as e:
-            self._trouble(job.spec.id, e)
-
-    # Events
-
-    def tell(self, job: str | None, event: str, text: str) -> None:
-        """One line in the log, one row in the ledger, and one event to everyone who watches."""
-        log.info("%s%s: %s", f"job {job} " if job else "", event, text)
-        news = self.books.event(job, event, text)
-        for queue in self._watchers:
-            if queue.full():
-                queue.get_nowait()
-            queue.put_nowait(news)
-
-    async def watch(self) -> AsyncIterator[Event]:
-        """Every event from now on."""
-        queue: asyncio.Queue[Event] = asyncio.Queue(_EVENTS_WAITING)
-        self._watchers.add(queue)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            self._watchers.discard(queue)
-
-    def _trouble(self, job: str | None, error: BaseException) -> None:
-        """Counted each time; told when it is new."""
-        self.cost.errors += 1
-        sentence = f"{job}: {error}"
-        if sentence not in self._told:
-            if len(self._told) > _EVENTS_WAITING:
-                self._told.clear()
-            self._told.add(sentence)
-            self.tell(job, "trouble", str(error))
-
-    def _report_trouble(self) -> None:
-        for sentence in self.agent.trouble:
-            self.cost.errors += 1
-            self.tell(None, "trouble", sentence)
-        self.agent.trouble.clear()
+            self.news.trouble(job.spec.id, e)

@@ -13,7 +13,7 @@ from acctd.meter import Meter, State
 from acctd.metrics import NETWORK_BYTES, NETWORK_PACKETS, Readings
 from acctd.model import JobSpec, chain_name
 from acctd.network import pool
-from acctd.network.backend import ChainPlan, Counts, Pools
+from acctd.network.backend import ChainPlan, Counts, Pools, Sample
 from collectors.blkio import BlkioReader
 from collectors.cpu import CpuReader
 from collectors.memory import MemoryReader
@@ -77,7 +77,27 @@ class Job:
             self.notes.append(sentence)
             self.unstored = True
 
-    def feed_counts(self, counts: Counts) -> None:
+    def take_sample(self, sample: Sample | None) -> None:
+        """Meter a reading of its chain, unless that is not the one read before: see mending.py."""
+        if self.damage is not None:
+            return
+        if sample is None:
+            self.damage = "its chain was removed"
+        elif self.incarnation not in (None, sample.incarnation):
+            self.damage = "its chain was replaced"
+        elif self._stands_lower(sample.counts):
+            self.damage = "its counters were set back"
+        else:
+            self.incarnation = sample.incarnation
+            self._feed(sample.counts)
+
+    def take_last(self, sample: Sample) -> None:
+        """Meter the last counts of its chain, which another program has just removed."""
+        if self.incarnation in (None, sample.incarnation):
+            self.take_sample(sample)
+            self.damage = self.damage or "its chain was removed"
+
+    def _feed(self, counts: Counts) -> None:
         """Meter what its chain counts."""
         if counts == self.counts:
             return
@@ -88,7 +108,7 @@ class Job:
             readings[NETWORK_PACKETS, rule] = count.packets
         self.meter.feed(readings)
 
-    def counted_back(self, counts: Counts) -> bool:
+    def _stands_lower(self, counts: Counts) -> bool:
         """Whether the chain stands lower than when it was read last, which no counter does by itself."""
         return any(
             counts[rule].bytes < value for (_, rule), value in self.meter.last(NETWORK[:1]).items() if rule in counts

@@ -1,6 +1,7 @@
 """The calls a peer can make: what each takes, who may make it, and what it answers. Sockets and frames are server.py's.
 
-Root may do all; a user may act on own jobs, and a process inside a job on that one and those inside it. A parameter that is not as declared is refused by its name before anything happens.
+Root may do all; a user may act on own jobs, and a process inside a job on that one and those inside it. A parameter
+that is not as declared is refused by its name before anything happens.
 """
 
 import asyncio
@@ -261,17 +262,17 @@ class Methods:
 
     async def _suspend(self, caller: Caller, wanted: _OfJob) -> Answer:
         self._own(caller, wanted.job).cgroups.freeze()
-        self._daemon.tell(wanted.job, "suspended", f"by uid {caller.uid}")
+        self._daemon.news.tell(wanted.job, "suspended", f"by uid {caller.uid}")
         return {}
 
     async def _continue(self, caller: Caller, wanted: _OfJob) -> Answer:
         self._own(caller, wanted.job).cgroups.thaw()
-        self._daemon.tell(wanted.job, "continued", f"by uid {caller.uid}")
+        self._daemon.news.tell(wanted.job, "continued", f"by uid {caller.uid}")
         return {}
 
     async def _kill(self, caller: Caller, wanted: _OfJob) -> Answer:
         survivors = await self._daemon.kill(self._own(caller, wanted.job))
-        self._daemon.tell(wanted.job, "killed", f"by uid {caller.uid}")
+        self._daemon.news.tell(wanted.job, "killed", f"by uid {caller.uid}")
         return {"survivors": sorted(survivors)}
 
     async def _finish(self, caller: Caller, wanted: _Finish) -> Answer:

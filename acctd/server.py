@@ -323,7 +323,7 @@ class Server:
             raise ConnectionResetError  # the peer hung up
 
     async def _tell(self, peer: _Peer, more: bool) -> None:
-        async for event in self._daemon.watch():
+        async for event in self._daemon.news.watch():
             if self._methods.may_see(peer.caller, event):
                 await self._send(peer, varlink.reply({"event": asdict(event)}, continues=more))
                 if not more:

@@ -53,15 +53,35 @@ def host_servers(resolv_conf: Path = Path("/etc/resolv.conf")) -> list[Address]:
 
 
 class Relay:
-    """Passes a job's queries on while it lives, on a thread of its own. Use as a context manager."""
+    """Passes a job's queries on: by the caller's event loop, see serve(), or by a thread, as a context manager."""
 
     def __init__(self, namespace: int, servers: Iterable[Address]) -> None:
+        """Binds at once, so that the job's first query waits at least. Raises nothing: see `skipped`."""
         self._servers = list(servers)
         self.skipped: list[tuple[Address, str]] = []
         """Servers that could not be made to answer inside, and why."""
         self._bound = netns.inside(namespace, self._bind) if self._servers else []
+        self._services: list[asyncio.Task[None]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+
+    def serve(self) -> None:
+        """Answer on the running event loop, until close()."""
+        loop = asyncio.get_running_loop()
+        room = asyncio.Semaphore(_AT_ONCE)
+        for server, udp, tcp in self._bound:
+            self._services += [
+                loop.create_task(_serve_udp(server, udp, room)),
+                loop.create_task(_serve_tcp(server, tcp, room)),
+            ]
+
+    def close(self) -> None:
+        """Stop answering. Queries under way on the caller's loop end by themselves."""
+        for service in self._services:
+            service.cancel()
+        for _server, udp, tcp in self._bound:
+            udp.close()
+            tcp.close()
 
     def __enter__(self) -> Self:
         if self._bound:
@@ -75,9 +95,7 @@ class Relay:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
-        for _server, udp, tcp in self._bound:
-            udp.close()
-            tcp.close()
+        self.close()
 
     def _bind(self) -> list[tuple[Address, socket.socket, socket.socket]]:
         bound = []
@@ -90,19 +108,14 @@ class Relay:
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
-        room = asyncio.Semaphore(_AT_ONCE)
-        services = []  # the loop alone would not keep them from being collected
-        for server, udp, tcp in self._bound:
-            services += [
-                loop.create_task(_serve_udp(server, udp, room)),
-                loop.create_task(_serve_tcp(server, tcp, room)),
-            ]
+        loop.call_soon(self.serve)
         loop.run_forever()
         # A cancelled task may start another, and a connection may come in meanwhile.
         while tasks := asyncio.all_tasks(loop):
             for task in tasks:
                 task.cancel()
             loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._services.clear()
 
 
 def _bound(server: Address) -> tuple[socket.socket, socket.socket]:
