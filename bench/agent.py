@@ -52,30 +52,33 @@ class Costs:
     percent: float  # of a core
     weight: Weight  # at the end
     start: float  # CPU s until measuring began
+    found: float  # s until it had found all jobs
     sight: Sight
 
     def row(self) -> list[object]:
         return [
             self.name, f"{self.percent:.2f}", f"{self.weight.resident / 1024:.1f}", f"{self.weight.peak / 1024:.1f}",
-            f"{self.start:.1f}", self.sight.jobs, self.sight.numbers, self.sight.network,
+            f"{self.start:.1f}", f"{self.found:.0f}", self.sight.jobs, self.sight.numbers, self.sight.network,
         ]  # fmt: skip
 
 
-def measure(served: Served, names: list[str], plan: Plan) -> tuple[list[Costs], list[float], list[str]]:
+def measure(served: Served, plan: Plan) -> tuple[list[Costs], list[float], list[str]]:
     """Everybody's costs over the same time, the agent's ticks in s, and what could not be measured."""
     peers: list[Peer] = []
     missing = []
     with contextlib.ExitStack() as stack:
-        for name, start in PEERS.items():
+        for name, run in PEERS.items():
             try:
-                peer = start(served, names, plan.interval)
+                peer = run(served, plan.interval)
             except MissingError as e:
                 missing.append(f"{name}: {e}")
                 continue
             stack.callback(_end, peer)
             peers.append(peer)
         floor = stack.enter_context(_floor(served))
-        missing += _settle(peers, plan)
+        found = _settle(peers, plan)
+        missing += [f"{peer.name}: had not found all jobs {plan.settle:g} s after its start" for peer in peers
+                    if peer.name not in found]  # fmt: skip
         before = {peer.name: Weight.of(peer.process.pid) for peer in peers}
         agent = Weight.of(served.pid)
         began = time.monotonic()
@@ -83,7 +86,7 @@ def measure(served: Served, names: list[str], plan: Plan) -> tuple[list[Costs], 
         took = time.monotonic() - began
         weights = {peer.name: Weight.of(peer.process.pid) for peer in peers}
         now = Weight.of(served.pid)
-        costs = [Costs("acctd", (now.cpu - agent.cpu) / took * 100, now, agent.cpu, _own_sight(served))]
+        costs = [Costs("acctd", (now.cpu - agent.cpu) / took * 100, now, agent.cpu, 0.0, _own_sight(served))]
         for peer in peers:
             spent = weights[peer.name].cpu - before[peer.name].cpu
             try:
@@ -91,9 +94,10 @@ def measure(served: Served, names: list[str], plan: Plan) -> tuple[list[Costs], 
             except (MissingError, OSError) as e:
                 missing.append(f"{peer.name}: {e}")
                 sight = Sight(0, 0, 0)
-            costs.append(Costs(peer.name, spent / took * 100, weights[peer.name], before[peer.name].cpu, sight))
+            start, late = before[peer.name].cpu, found.get(peer.name, plan.settle)
+            costs.append(Costs(peer.name, spent / took * 100, weights[peer.name], start, late, sight))
         files = percentile(floors, 50) / 10 / plan.interval
-        costs.append(Costs("C, the agent's files", files, Weight.of(floor.pid), 0.0, Sight(plan.jobs, 0, 0)))
+        costs.append(Costs("C, the agent's files", files, Weight.of(floor.pid), 0.0, 0.0, Sight(plan.jobs, 0, 0)))
     return costs, ticks, missing
 
 
@@ -115,7 +119,7 @@ def _watch(served: Served, floor: "Floor", plan: Plan) -> tuple[list[float], lis
     return ticks, floors
 
 
-def latency(served: Served, names: list[str], seconds: float, *, back_to_back: bool) -> tuple[list[float], ...]:
+def latency(served: Served, seconds: float, *, back_to_back: bool) -> tuple[list[float], ...]:
     """Usage over a kept connection and over fresh ones, and ticks meanwhile if they are ours; all in s."""
     kept: list[float] = []
     fresh: list[float] = []
@@ -136,7 +140,7 @@ def latency(served: Served, names: list[str], seconds: float, *, back_to_back: b
             due = time.monotonic()
             end = due + seconds
             while due < end or not fresh:
-                job = random.choice(names)  # noqa: S311  # no secret
+                job = random.choice(served.jobs)  # noqa: S311  # no secret
                 kept.append(_call(connection, job))
                 began = time.perf_counter()
                 with served.connect() as other:
@@ -187,15 +191,18 @@ def _floor(served: Served) -> Iterator[Floor]:
             yield floor
 
 
-def _settle(peers: list[Peer], plan: Plan) -> list[str]:
-    """Wait until each peer has found all jobs, or may take no longer; says who has not."""
-    left = list(peers)
-    deadline = time.monotonic() + plan.settle
-    while left and time.monotonic() < deadline:
-        time.sleep(min(plan.interval, 5.0))
-        with contextlib.suppress(MissingError, OSError):
-            left = [peer for peer in left if peer.look().jobs < plan.jobs]
-    return [f"{peer.name}: had not found all jobs {plan.settle:.0f} s after its start" for peer in left]
+def _settle(peers: list[Peer], plan: Plan) -> dict[str, float]:
+    """Wait until each peer has found all jobs and read them, or may take no longer. s until found, by name."""
+    began = time.monotonic()
+    found: dict[str, float] = {}
+    while len(found) < len(peers) and time.monotonic() - began < plan.settle:
+        time.sleep(1.0)
+        for peer in peers:
+            with contextlib.suppress(MissingError, OSError):
+                if peer.name not in found and peer.found() >= plan.jobs:
+                    found[peer.name] = time.monotonic() - began
+    time.sleep(3 * plan.interval)
+    return found
 
 
 def _own_sight(served: Served) -> Sight:
@@ -240,10 +247,9 @@ def main() -> None:
     if options.quick:
         plan = Plan(5, options.network, options.backend, 1.0, 3.0, settle=30.0, latency=1.0)
     with standing(plan.jobs, network=plan.network, backend=plan.backend, interval=plan.interval) as served:
-        names = [f"bench{number}" for number in range(1, plan.jobs + 1)]
-        costs, ticks, missing = measure(served, names, plan)
-        usual = latency(served, names, plan.latency, back_to_back=False)
-        dense = latency(served, names, plan.latency, back_to_back=True)
+        costs, ticks, missing = measure(served, plan)
+        usual = latency(served, plan.latency, back_to_back=False)
+        dense = latency(served, plan.latency, back_to_back=True)
         lines = served.log().count(" trouble: ")
     _print(plan, costs, ticks, usual, dense)
     for sentence in [*missing, *([f"acctd: logged trouble {lines} times"] if lines else [])]:
@@ -255,7 +261,7 @@ def _print(
 ) -> None:
     print(f"{plan.jobs} jobs with a sleeping process each, network {plan.network}, read each {plan.interval:g} s, "
           f"over {plan.seconds:g} s. {machine()}\n")  # fmt: skip
-    head = ["program", "CPU, %", "RSS, MiB", "peak, MiB", "start, CPU s", "jobs", "numbers", "of network"]
+    head = ["program", "CPU, %", "RSS, MiB", "peak, MiB", "start, CPU s", "found, s", "jobs", "numbers", "of network"]
     print(table(head, [each.row() for each in costs]))
     print()
     rows = [_times("ticks each interval", ticks), _times("ticks back to back", dense[2])]

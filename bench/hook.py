@@ -63,7 +63,7 @@ def main() -> None:
     missing = None
     with ExitStack() as stack:
         served = stack.enter_context(standing(options.jobs))
-        job = ["--job", "bench1"]
+        job = ["--job", served.jobs[0]]
         todo = {
             "python3 -c pass": timed([sys.executable, "-c", "pass"]),
             "acctd-hook usage": timed([str(installed), "--socket", str(served.socket), "usage", *job]),
@@ -80,7 +80,7 @@ def main() -> None:
 
         def ask() -> float:
             began = time.perf_counter()
-            connection.call("Usage", job="bench1")
+            connection.call("Usage", job=served.jobs[0])
             return (time.perf_counter() - began) * 1000
 
         todo["the agent's part"] = ask

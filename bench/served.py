@@ -103,6 +103,8 @@ class Served:
         self._settings = backend, interval
         self._open = contextlib.ExitStack()
         self._sleepers: dict[str, subprocess.Popen[bytes]] = {}
+        self.prefix = f"bench{os.getpid()}n"  # of the standing jobs' ids: two benchmarks at a time can be told apart
+        self.jobs: list[str] = []
 
     def __enter__(self) -> Self:
         _many_descriptors()
@@ -139,12 +141,12 @@ class Served:
         """A process on the node, of a session of its own: ^C is for the benchmark, which ends it in order."""
         return self.topology.popen(self.topology.node, argv, start_new_session=True, **options)
 
-    def stand(self, number: int, network: str = "nat") -> list[str]:
-        """So many jobs with a sleeping process in each, in its job's network; their ids."""
-        names = [f"bench{n}" for n in range(1, number + 1)]
+    def stand(self, number: int, network: str = "nat") -> None:
+        """Have so many jobs with a sleeping process in each, in its job's network; `jobs` are their ids."""
+        names = [f"{self.prefix}{n}" for n in range(number)]
         with ThreadPoolExecutor(_CALLERS) as callers:
             list(callers.map(self._stand_some, [names[n::_CALLERS] for n in range(_CALLERS)], [network] * _CALLERS))
-        return names
+        self.jobs = names
 
     def ledger(self) -> Ledger:
         """The agent's ledger, opened beside it; a context manager."""

@@ -7,6 +7,7 @@ with netdata-plugins-bash.
 """
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -33,6 +34,9 @@ FQDNLookup false
 Interval {interval}
 LoadPlugin cgroups
 LoadPlugin unixsock
+<Plugin cgroups>
+  CGroup "/^job_{prefix}/"
+</Plugin>
 <Plugin unixsock>
   SocketFile "{directory}/s"
 </Plugin>
@@ -116,26 +120,29 @@ class Peer:
 
     name: str
     process: "subprocess.Popen[Any]"
+    found: Callable[[], int]  # how many jobs it knows of so far; costs it little
     look: Callable[[], Sight]
 
 
-def collectd(served: Served, _jobs: list[str], interval: float) -> Peer:
+def collectd(served: Served, interval: float) -> Peer:
     """collectd.conf(5), plugins cgroups and unixsock; no plugin that writes."""
     program = _found("collectd", "collectd-core", Path("/usr/lib/collectd/cgroups.so"))
     directory = _directory(served, "collectd")
-    (directory / "collectd.conf").write_text(_COLLECTD.format(directory=directory, interval=interval))
+    (directory / "collectd.conf").write_text(
+        _COLLECTD.format(directory=directory, interval=interval, prefix=served.prefix)
+    )
     process = _start(served, directory, [program, "-f", "-C", str(directory / "collectd.conf")])
 
     def look() -> Sight:
         # "1795222071.164 bench/cgroups-job_x/cpu-user"; collectd-unixsock(5), LISTVAL.
         words = [line.split(" ", 1)[1].split("/") for line in _listval(directory / "s")]
-        mine = [word for word in words if word[1].startswith("cgroups-job_bench")]
+        mine = [word for word in words if word[1].startswith(f"cgroups-job_{served.prefix}")]
         return _sight((plugin, kind) for _, plugin, kind in mine)
 
-    return Peer("collectd", process, look)
+    return Peer("collectd", process, lambda: look().jobs, look)
 
 
-def netdata(served: Served, _jobs: list[str], interval: float) -> Peer:
+def netdata(served: Served, interval: float) -> Peer:
     """netdata.conf, all plugins off but cgroups; metrics in memory for ten minutes; its API on a unix socket."""
     program = _found("netdata", "netdata-core", Path("/usr/lib/netdata/plugins.d/cgroup-network"))
     directory = _directory(served, "netdata")
@@ -157,19 +164,25 @@ def netdata(served: Served, _jobs: list[str], interval: float) -> Peer:
         found = []
         for chart in charts.values():
             family = chart["id"].split(".", 1)
-            if chart["type"].startswith("cgroup_") and "job_bench" in chart["id"]:
+            if chart["type"].startswith("cgroup_") and f"job_{served.prefix}" in chart["id"]:
                 found += [(family[0], f"{chart['context']}:{name}") for name in chart["dimensions"]]
         return _sight(found)
 
-    return Peer("netdata", process, look)
+    def found() -> int:
+        # Its script names each cgroup as it finds it. Asking for the charts would cost it memory.
+        log = directory / "log" / "error.log"
+        text = log.read_text() if log.exists() else ""
+        return len(set(re.findall(rf"_job_({served.prefix}\d+)' is called", text)))
+
+    return Peer("netdata", process, found, look)
 
 
-def psutil_sum(served: Served, jobs: list[str], interval: float) -> Peer:
+def psutil_sum(served: Served, interval: float) -> Peer:
     """psutil_sum.py, told where each job's processes are listed."""
     directory = _directory(served, "psutil")
     layout = discover()
     # A job's processes are in each of its hierarchies.
-    tops = [JobCgroups(layout, served.base, f"job_{job}").all()[0][1] for job in jobs]
+    tops = [JobCgroups(layout, served.base, f"job_{job}").all()[0][1] for job in served.jobs]
     listed = directory / "jobs"
     listed.write_text("".join(f"{top.path}\n" for top in tops))
     argv = [sys.executable, str(REPO / "bench" / "peers" / "psutil_sum.py"), str(listed), str(interval)]
@@ -182,10 +195,10 @@ def psutil_sum(served: Served, jobs: list[str], interval: float) -> Peer:
         last: dict[str, dict[str, float]] = json.loads(lines[-1])
         return _sight((job, kind) for job, values in last.items() for kind in values)
 
-    return Peer("psutil", process, look)
+    return Peer("psutil", process, lambda: look().jobs, look)
 
 
-PEERS: dict[str, Callable[[Served, list[str], float], Peer]] = {
+PEERS: dict[str, Callable[[Served, float], Peer]] = {
     "collectd": collectd,
     "netdata": netdata,
     "psutil": psutil_sum,

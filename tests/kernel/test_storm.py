@@ -4,9 +4,7 @@ import pytest
 
 from acctd.ledger import FILE, Ledger
 from bench.storm import MEANS, mistakes, storm, wanted
-from tests.kernel.test_serve import Served, served
-
-__all__ = ["served"]  # a fixture
+from tests.kernel.served import Served
 
 
 @pytest.mark.parametrize("means", list(MEANS))
