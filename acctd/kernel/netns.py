@@ -1,7 +1,7 @@
 """Network namespaces with a name: made, entered by a function, removed.
 
-A namespace belongs to a thread, so all work inside one happens on a short-lived thread of its own: pyroute2's way of
-forking a child costs ten times as much. The name is a file with the namespace bind-mounted on it, as ip-netns(8) does,
+A namespace belongs to a thread, so all work inside one happens on a short-lived thread of its own: forking a
+child for it costs ten times as much. The name is a file with the namespace bind-mounted on it, as ip-netns(8) does,
 and outlives the process that made it. Knows nothing of links or addresses.
 """
 

@@ -1,7 +1,7 @@
 """Links, addresses and routes over rtnetlink: several changes in one send, every answer checked.
 
-Messages are encoded by pyroute2's classes; the socket is our own, because pyroute2's opens further sockets on whatever
-thread touches it, in whatever namespace that thread is. man 7 rtnetlink; include/uapi/linux/if_link.h.
+The handful of messages that a pipe needs is written out here; a library that knows them all takes longer to load than
+everything else of acctd together. man 7 rtnetlink; include/uapi/linux/{if_link,if_addr,rtnetlink,veth}.h.
 """
 
 import errno
@@ -9,13 +9,10 @@ import os
 import socket
 import struct
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Any, NamedTuple, Self
-
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
+from typing import NamedTuple, Self
 
 from acctd.errors import KernelRefusedError, NotPermittedError
+from acctd.kernel.nfnetlink import attribute, attributes, text
 
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 16, 17, 18, 20, 24, 25
 _NLM_REQUEST, _NLM_ACK, _NLM_EXCL, _NLM_CREATE = 0x1, 0x4, 0x200, 0x400
@@ -24,11 +21,17 @@ _RTMGRP_LINK = 1
 _IFF_UP = 1
 _IFA_F_NODAD = 0x02
 _RT_TABLE_MAIN, _RTPROT_STATIC, _RTN_UNICAST, _RTN_BLACKHOLE = 254, 4, 1, 6
+_IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_STATS64, _IFLA_NET_NS_FD = 3, 18, 23, 28
+_IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_RTA_DST, _RTA_GATEWAY, _RTA_PRIORITY = 1, 5, 6
 _LAST_METRIC = 0xFFFFFFFF
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
-_ATTRIBUTE = struct.Struct("=HH")  # rtattr: length, type
+_IFINFOMSG = struct.Struct("=BxHiII")  # family, device type, index, flags, which of them to change
+_IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
+_RTMSG = struct.Struct("=8BI")  # family, two prefix lengths, tos, table, protocol, scope, type, flags
 _STATS64 = struct.Struct("=4Q")  # rtnl_link_stats64 begins with packets received and sent, bytes received and sent
-_IFINFOMSG, _IFLA_STATS64, _ETHERNET = 16, 23, 14
+_ETHERNET = 14  # bytes of header that a link counts with each packet
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -38,7 +41,7 @@ class Request(NamedTuple):
     """One change, what it is called in an error, and the errors that mean it was done already."""
 
     what: str
-    message: Any
+    body: bytes
     kind: int
     flags: int = 0
     fine: tuple[int, ...] = ()
@@ -46,51 +49,45 @@ class Request(NamedTuple):
 
 def veth(outer: str, inner: str, inner_netns: int) -> Request:
     """A veth pair: the outer end here, up; the inner end in the namespace behind a descriptor."""
-    peer = {"attrs": [("IFLA_IFNAME", inner), ("IFLA_NET_NS_FD", inner_netns)]}
-    info = [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer)]})]
-    message = _link(flags=_IFF_UP, change=_IFF_UP)
-    message["attrs"] = [("IFLA_IFNAME", outer), ("IFLA_LINKINFO", {"attrs": info})]
-    return Request(f"make the link {outer}", message, _RTM_NEWLINK, _NLM_CREATE | _NLM_EXCL)
+    peer = _link() + text(_IFLA_IFNAME, inner) + attribute(_IFLA_NET_NS_FD, struct.pack("=I", inner_netns))
+    info = attribute(_IFLA_INFO_KIND, b"veth") + attribute(_IFLA_INFO_DATA, attribute(_VETH_INFO_PEER, peer))
+    body = _link(up=True) + text(_IFLA_IFNAME, outer) + attribute(_IFLA_LINKINFO, info)
+    return Request(f"make the link {outer}", body, _RTM_NEWLINK, _NLM_CREATE | _NLM_EXCL)
 
 
 def up(index: int) -> Request:
     """Set a link up."""
-    return Request(f"set link {index} up", _link(index=index, flags=_IFF_UP, change=_IFF_UP), _RTM_NEWLINK)
+    return Request(f"set link {index} up", _link(index, up=True), _RTM_NEWLINK)
 
 
 def address(index: int, addr: Address, prefixlen: int) -> Request:
     """Give a link an address; IPv6 without duplicate address detection, which would keep it unusable for a second."""
-    message = ifaddrmsg()
-    message["family"], message["prefixlen"], message["index"] = _family(addr), prefixlen, index
-    message["flags"] = _IFA_F_NODAD if addr.version == 6 else 0
-    message["attrs"] = [("IFA_LOCAL", str(addr)), ("IFA_ADDRESS", str(addr))]
-    return Request(f"give link {index} the address {addr}", message, _RTM_NEWADDR, _NLM_CREATE | _NLM_EXCL)
+    flags = _IFA_F_NODAD if addr.version == 6 else 0
+    body = _IFADDRMSG.pack(_family(addr), prefixlen, flags, 0, index)
+    body += attribute(_IFA_LOCAL, addr.packed) + attribute(_IFA_ADDRESS, addr.packed)
+    return Request(f"give link {index} the address {addr}", body, _RTM_NEWADDR, _NLM_CREATE | _NLM_EXCL)
 
 
 def default_route(gateway: Address) -> Request:
     """A default route in the main table."""
-    message = rtmsg()
-    message["family"], message["table"], message["proto"] = _family(gateway), _RT_TABLE_MAIN, _RTPROT_STATIC
-    message["type"] = _RTN_UNICAST
-    message["attrs"] = [("RTA_GATEWAY", str(gateway))]
-    return Request(f"route by {gateway}", message, _RTM_NEWROUTE, _NLM_CREATE | _NLM_EXCL)
+    body = _route(_family(gateway), 0, _RTN_UNICAST) + attribute(_RTA_GATEWAY, gateway.packed)
+    return Request(f"route by {gateway}", body, _RTM_NEWROUTE, _NLM_CREATE | _NLM_EXCL)
 
 
 def blackhole(network: Network, *, present: bool) -> Request:
     """A route that drops what is for `network` while no better one is there: made, or taken away. Twice is fine."""
-    message = rtmsg()
-    message["family"], message["dst_len"] = _family(network.network_address), network.prefixlen
-    message["table"], message["proto"], message["type"] = _RT_TABLE_MAIN, _RTPROT_STATIC, _RTN_BLACKHOLE
-    message["attrs"] = [("RTA_DST", str(network.network_address)), ("RTA_PRIORITY", _LAST_METRIC)]
+    body = _route(_family(network.network_address), network.prefixlen, _RTN_BLACKHOLE)
+    body += attribute(_RTA_DST, network.network_address.packed)
+    body += attribute(_RTA_PRIORITY, struct.pack("=I", _LAST_METRIC))
     if present:
         flags = _NLM_CREATE | _NLM_EXCL
-        return Request(f"route {network} nowhere", message, _RTM_NEWROUTE, flags, fine=(errno.EEXIST,))
-    return Request(f"take back the route of {network}", message, _RTM_DELROUTE, fine=(errno.ESRCH, errno.ENOENT))
+        return Request(f"route {network} nowhere", body, _RTM_NEWROUTE, flags, fine=(errno.EEXIST,))
+    return Request(f"take back the route of {network}", body, _RTM_DELROUTE, fine=(errno.ESRCH, errno.ENOENT))
 
 
 def delete(index: int) -> Request:
     """Remove a link, and with a veth its peer. One that is gone is fine."""
-    return Request(f"remove link {index}", _link(index=index), _RTM_DELLINK, fine=(errno.ENODEV,))
+    return Request(f"remove link {index}", _link(index), _RTM_DELLINK, fine=(errno.ENODEV,))
 
 
 class RouteSocket:
@@ -110,11 +107,7 @@ class RouteSocket:
         """Send the changes together; raise the first refusal. What was done before and after it stays done."""
         frames = []
         for sequence, request in enumerate(requests, 1):
-            header = request.message["header"]
-            header["type"], header["sequence_number"], header["pid"] = request.kind, sequence, 0
-            header["flags"] = _NLM_REQUEST | _NLM_ACK | request.flags
-            request.message.encode()
-            frames.append(bytes(request.message.data))
+            frames.append(_message(request.kind, request.flags | _NLM_ACK, sequence, request.body))
         self._socket.send(b"".join(frames))
         failures: dict[int, int] = {}
         waiting = len(requests)
@@ -131,16 +124,13 @@ class RouteSocket:
 
     def link_bytes(self, name: str) -> int | None:
         """Bytes above Ethernet that a link has received and sent so far; None where there is no such link."""
-        message = _link()
-        message["attrs"] = [("IFLA_IFNAME", name)]
-        header = message["header"]
-        header["type"], header["flags"], header["sequence_number"], header["pid"] = _RTM_GETLINK, _NLM_REQUEST, 1, 0
-        message.encode()
-        self._socket.send(bytes(message.data))
+        self._socket.send(_message(_RTM_GETLINK, 0, 1, _link() + text(_IFLA_IFNAME, name)))
         for kind, _, body in self._receive():
-            if kind == _RTM_NEWLINK and (found := _attribute(body, _IFLA_STATS64)) is not None:
-                packets_in, packets_out, bytes_in, bytes_out = _STATS64.unpack_from(found)
-                return int(bytes_in + bytes_out - _ETHERNET * (packets_in + packets_out))
+            if kind == _RTM_NEWLINK:
+                for what, start, _ in attributes(body, _IFINFOMSG.size, len(body)):
+                    if what == _IFLA_STATS64:
+                        packets_in, packets_out, bytes_in, bytes_out = _STATS64.unpack_from(body, start)
+                        return int(bytes_in + bytes_out - _ETHERNET * (packets_in + packets_out))
         return None
 
     def removals(self) -> set[int]:
@@ -180,21 +170,17 @@ def link_index(name: str) -> int | None:
         return None
 
 
-def _link(index: int = 0, flags: int = 0, change: int = 0) -> Any:
-    message = ifinfmsg()
-    message["index"], message["flags"], message["change"] = index, flags, change
-    return message
+def _message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
+    return _HEADER.pack(_HEADER.size + len(body), kind, _NLM_REQUEST | flags, sequence, 0) + body
 
 
-def _attribute(body: bytes, wanted: int) -> bytes | None:
-    """One attribute of an ifinfomsg."""
-    offset = _IFINFOMSG
-    while offset + _ATTRIBUTE.size <= len(body):
-        length, kind = _ATTRIBUTE.unpack_from(body, offset)
-        if kind == wanted:
-            return body[offset + _ATTRIBUTE.size : offset + length]
-        offset += max((length + 3) & ~3, _ATTRIBUTE.size)
-    return None
+def _link(index: int = 0, *, up: bool = False) -> bytes:
+    flags = _IFF_UP if up else 0
+    return _IFINFOMSG.pack(socket.AF_UNSPEC, 0, index, flags, flags)
+
+
+def _route(family: int, prefixlen: int, kind: int) -> bytes:
+    return _RTMSG.pack(family, prefixlen, 0, 0, _RT_TABLE_MAIN, _RTPROT_STATIC, 0, kind, 0)
 
 
 def _family(addr: Address) -> int:
