@@ -50,8 +50,8 @@ class CounterFile:
 
     __slots__ = ("_fd", "_size", "path")
 
-    def __init__(self, path: Path) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: str) -> None:
+        self.path = path
         self._size = 4096
         self._fd = _open_or_none(self.path)
 
@@ -117,7 +117,7 @@ class CgroupDir:
 
     def counter(self, file: str) -> CounterFile:
         """A kept descriptor on one counter file; the caller closes it."""
-        return CounterFile(Path(self._file(file)))
+        return CounterFile(self._file(file))
 
     def read(self, file: str) -> bytes | None:
         """A file's bytes, opened afresh; None where there is no such file or the cgroup is gone."""
@@ -244,7 +244,7 @@ class CgroupDir:
     def _file(self, name: str) -> str:
         if "/" in name or name in ("", ".", ".."):
             raise UsageError(f"cgroup file {name!r} is not an interface file name")
-        return f"{self.path}/{name}"
+        return "/".join((str(self.mount), *self.parts, name))  # no Path: it would keep each part for ever
 
 
 def _open_or_none(path: str) -> int | None:
