@@ -83,7 +83,11 @@ class Agent:
         """Lease, cgroups, pipe and chain for a job; on failure nothing of it is left. A family lies in its parent."""
         nat = spec.network == "nat"
         chains = self._backend(self.config.network.backend, self.pools) if nat else None
-        place = Place(f"{parent.cgroups.base}/{parent.cgroups.name}" if parent else self.config.cgroup.base)
+        if parent is not None:
+            base, controllers = f"{parent.cgroups.base}/{parent.cgroups.name}", parent.row.place.controllers
+        else:
+            base, controllers = self.config.cgroup.base, self.config.cgroup.controllers
+        place = Place(base, controllers=controllers)
         if chains is not None:
             place = replace(place, backend=chains.name, pool4=str(self.pools.v4), pool6=str(self.pools.v6 or ""))
         row = self.ledger.open_job(

@@ -93,6 +93,7 @@ class Place:
     backend: str | None = None  # which netfilter back end made the chain, None without a pipe
     pool4: str = ""  # networks in which the slot's addresses lie
     pool6: str = ""  # "" without IPv6
+    controllers: tuple[str, ...] = ()  # cgroup.controllers
 
 
 @dataclass(frozen=True, slots=True)

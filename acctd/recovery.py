@@ -12,7 +12,7 @@ import msgspec
 
 from acctd.agent import Agent
 from acctd.cgroup.driver import JobCgroups, orphans, sweep_sentinels
-from acctd.cgroup.layout import Layout, discover
+from acctd.cgroup.layout import discover
 from acctd.errors import AcctdError
 from acctd.job import Ending, Job, cgroup_name, hold
 from acctd.kernel import procs
@@ -29,17 +29,15 @@ def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Re
     with.
     """
     written: list[Record] = []
-    # Every controller of the host: a job may be from before one was taken out of the configuration.
-    layout = discover()
     sweep_sentinels(agent.layout, agent.config.cgroup.base)
     if adopt is not None:
-        _reinstate(agent, layout)
+        _reinstate(agent)
     # Families first: an ended one tells its parent what it used before the parent's own record is written.
     for row in reversed(agent.ledger.open_jobs()):
         if procs.is_alive(row.keeper) and row.boot_id == agent.boot_id:
             continue
         try:
-            record = _recover_one(agent, row, layout, adopt)
+            record = _recover_one(agent, row, adopt)
             if record is not None:
                 written.append(record)
         except (AcctdError, OSError) as e:
@@ -47,7 +45,9 @@ def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Re
     return written
 
 
-def _recover_one(agent: Agent, seen: OpenJob, layout: Layout, adopt: Callable[[Job], None] | None) -> Record | None:
+def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | None) -> Record | None:
+    # With the controllers it was made with: the configuration may name others by now.
+    layout = discover(seen.place.controllers)
     if adopt is None and _stays(agent, hold(seen, layout)):
         return None
     row = agent.ledger.claim(seen, agent.keeper)
@@ -91,8 +91,9 @@ def _stays(agent: Agent, job: Job) -> bool:
     return job.row.phase == "made" or (job.row.phase == "running" and bool(job.cgroups.living()))
 
 
-def _reinstate(agent: Agent, layout: Layout) -> None:
+def _reinstate(agent: Agent) -> None:
     """Put jobs that are in the kernel and not in the ledger back into it: it was lost, and this one is new."""
+    layout = discover()
     known = {(row.place.base, cgroup_name(row.spec.id)) for row in agent.ledger.open_jobs()}
     # Parents first, so that families find them.
     for (base, name), text in sorted(orphans(layout, agent.config.cgroup.base, cgroup_name("")).items()):
@@ -118,7 +119,7 @@ def _reinstate(agent: Agent, layout: Layout) -> None:
 def _as_found(agent: Agent, row: OpenJob) -> OpenJob:
     """The row as its job is now: under its parent's seq of today, and running if anybody ever entered."""
     known = {other.spec.id: other.seq for other in agent.ledger.open_jobs()}
-    job = hold(row, discover())
+    job = hold(row, discover(row.place.controllers))
     agent.open_readers(job)
     agent.take(job, None)
     job.close()
