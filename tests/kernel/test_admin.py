@@ -136,7 +136,8 @@ COLOUR = re.compile(r"\x1b\[(\d+;)*(3|9)\dm")
 
 def bare(text: str) -> str:
     """Without control sequences."""
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "")
+    # A frame begins with the cursor at home, not with a newline.
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.replace("\x1b[H", "\n")).replace("\r", "")
 
 
 def as_nobody(*arguments: str, **environ: str) -> tuple[int, str, str]:
@@ -431,7 +432,9 @@ def test_an_ordinary_user_sees_what_may_be_seen(served: Served, busy: subprocess
     assert [line.split()[:2] for line in out.splitlines()[1:]] == [["mine", "nobody"]]
     allowed = {job["id"]: job for job in json.loads(as_nobody("ps", "--all", "--json", **environ)[1])}
     assert allowed["mine"]["totals"]
-    assert not allowed.get("42.0", {}).get("totals")
+    assert (allowed["42.0"]["totals"], allowed["42.0"]["pids"]) == ({}, [busy.pid])
+    other = next(line for line in as_nobody("ps", "--all", **environ)[1].splitlines() if line.startswith("42.0"))
+    assert re.fullmatch(r"42\.0 +root +running +1 +[\d.]+s +host", other), "no numbers but processes and wall time"
     assert "42.0" not in as_nobody("top", "--interval", "0.1", **environ)[1]
     assert as_nobody("show", "mine", **environ)[1].startswith("job mine of nobody: ")
     for arguments in (["show", "42.0"], ["kill", "42.0"], ["suspend", "42.0"], ["continue", "42.0"], ["reload"]):
@@ -565,3 +568,26 @@ def test_completion_without_an_agent_is_silent(node: Node) -> None:
     environ = {**node.environ, "_ACCTD_COMPLETE": "bash_complete", "COMP_WORDS": "acctd kill ", "COMP_CWORD": "2"}
     done = node.acctd(env=environ)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+# docs/admin.md
+
+
+def examples() -> list[str]:
+    page = (REPO / "docs" / "admin.md").read_text()
+    blocks: list[str] = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def test_the_examples_for_admins(with_acctd: dict[str, str]) -> None:
+    assert len(examples()) >= 15
+    for line in examples():
+        done = subprocess.run(["sh", "-c", line], env=with_acctd, capture_output=True, text=True, timeout=60)
+        wanted = re.search(r"# exits (\d+)$", line)
+        assert done.returncode == int(wanted[1] if wanted else 0), f"{line}\n{done.stdout}{done.stderr}"
+        assert done.stderr == "", line
+
+
+def test_every_command_for_admins_has_an_example() -> None:
+    shown = {line.split("acctd ")[1].split()[0] for line in examples()}
+    assert shown == {"ps", "top", "show", "events", "kill", "suspend", "continue", "reload"}
