@@ -51,9 +51,9 @@ class News(NamedTuple, Generic[T]):
     changed: bool
     """One of them changed anything in it."""
     deleted: dict[tuple[str, str], dict[str, T]]
-    """(chain, incarnation) -> comment -> last count, of the rules that a transaction deleted from a chain.
+    """(chain, incarnation) -> comment -> last count, of the counting rules that a transaction deleted from a chain.
 
-    The incarnation is that of the chain if these were all of its rules; otherwise it is no chain's.
+    The incarnation is that of the chain if all of its rules were deleted; otherwise it is no chain's.
     """
     lost: bool
     """The queue ran over: there was more, and nobody knows what."""
@@ -172,8 +172,9 @@ class Watch(Generic[T]):
                 if rule.counter and rule.comment:
                     before = sums.get(rule.comment, (0, 0))
                     sums[rule.comment] = before[0] + octets, before[1] + packets
-            which = incarnation(table, [rule.handle for rule, _, _ in rules])
-            deleted[chain, which] = {comment: self._make(*count) for comment, count in sums.items()}
+            if sums:
+                which = incarnation(table, [rule for rule, _, _ in rules])
+                deleted[chain, which] = {comment: self._make(*count) for comment, count in sums.items()}
 
     def _forget(self) -> None:
         self._touched = False

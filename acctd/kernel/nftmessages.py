@@ -4,6 +4,7 @@ Pure functions of a message or a dump: nftrules.py asks for them, nfevents.py he
 KernelRefusedError on bytes that cannot be what the kernel means. Reference: uapi/linux/netfilter/nf_tables.h.
 """
 
+import zlib
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ class Rule(NamedTuple):
     comment: str
     counter: tuple[int, int] | None
     handle: int
+    content: int  # a checksum of what it does and says, less its counter
 
 
 class Generation(NamedTuple):
@@ -64,13 +66,15 @@ Known = dict[bytes, tuple[Rule, int, int]]
 """Rules seen before: message less its counter -> rule, places of bytes and packets within the message, 0 for none."""
 
 
-def incarnation(table: int, handles: Collection[int]) -> str:
-    """Another text whenever one of a chain's rules went or was made anew, by the table's handle and its rules' own.
+def incarnation(table: int, rules: Collection[Rule]) -> str:
+    """Another text whenever one of a chain's rules was added, deleted, made anew or replaced by another.
 
-    Neither is ever given twice, the rules' within a table, the tables' within a namespace; both only grow, so a new
-    rule's is the highest. Every reader makes the same text of the same chain.
+    By handles, mostly: a table's is never given twice in a namespace, nor a rule's in a table, and they only grow, so
+    a new rule's is the highest. But a rule that is replaced (`nft replace`) hands its own on: if it is replaced by its
+    like, nothing shows but a counter set back. Every reader makes the same text of the same chain.
     """
-    return f"{table:x}.{max(handles):x}.{len(handles):x}"
+    content = sum(rule.content for rule in rules) & 0xFFFFFFFF
+    return f"{table:x}.{max(rule.handle for rule in rules):x}.{len(rules):x}.{content:08x}"
 
 
 def parse_rules(buffer: bytes | bytearray, size: int, known: Known | None = None) -> tuple[list[Rule], Known]:
@@ -101,7 +105,8 @@ def parse_rules(buffer: bytes | bytearray, size: int, known: Known | None = None
         seen[key] = found
         rule, octets, packets = found
         if octets:
-            rule = Rule(rule.table, rule.chain, rule.comment, (start + octets, start + packets), rule.handle)
+            counter = start + octets, start + packets
+            rule = Rule(rule.table, rule.chain, rule.comment, counter, rule.handle, rule.content)
         rules.append(rule)
     return rules, seen
 
@@ -110,7 +115,7 @@ def parse_rule(buffer: Buffer, start: int, end: int) -> Rule:
     """One message about a rule: that it is there, or that it was deleted."""
     table = chain = comment = ""
     counter = None
-    handle = 0
+    handle = content = 0
     for kind, first, last in attributes(buffer, start + HEADERS, end):
         if kind == _RULE_TABLE:
             table = _string(buffer, first, last)
@@ -120,9 +125,14 @@ def parse_rule(buffer: Buffer, start: int, end: int) -> Rule:
             handle = int.from_bytes(buffer[first:last], "big")
         elif kind == _RULE_USERDATA:
             comment = _comment(buffer, first, last)
+            content += zlib.crc32(buffer[first:last])
         elif kind == _RULE_EXPRESSIONS:
             counter = _counter(buffer, first, last)
-    return Rule(table, chain, comment, counter, handle)
+            expressions = bytearray(buffer[first:last])
+            for place in counter or ():
+                expressions[place - first : place - first + 8] = bytes(8)
+            content += zlib.crc32(expressions)
+    return Rule(table, chain, comment, counter, handle, content)
 
 
 def parse_gotos(buffer: Buffer, size: int) -> Iterator[tuple[str, str]]:

@@ -100,13 +100,12 @@ class Layout(Generic[T]):
             (chain, [(comment, *first, more) for comment, (first, *more) in comments.items()])
             for chain, comments in chains.items()
         ]
-        whole: dict[str, tuple[list[str], list[int]]] = {}
+        whole: dict[str, list[Rule]] = {}
         for rule in rules:
-            comments, handles = whole.setdefault(rule.chain, ([], []))
-            comments.append(rule.comment)
-            handles.append(rule.handle)
+            whole.setdefault(rule.chain, []).append(rule)
         self.shapes = {
-            chain: Shape(tuple(comments), incarnation(table, handles)) for chain, (comments, handles) in whole.items()
+            chain: Shape(tuple([rule.comment for rule in of_chain]), incarnation(table, of_chain))
+            for chain, of_chain in whole.items()
         }
 
     def read(self, buffer: Buffer) -> dict[str, dict[str, T]]:

@@ -134,7 +134,11 @@ def _survey(family: Family, raw: bytes, before: Layout | None) -> Layout:
             continue
         name = raw[position + bare + _HEAD.size : position + head].split(b"\0", 1)[0].decode("ascii", "replace")
         chain = known.get(name)
-        if chain is None or position + chain.length > end or chain.frame.unpack_from(raw, position) != chain.expected:
+        if (
+            chain is None
+            or not raw.startswith(ERROR, position + chain.length + bare)  # or it has grown
+            or chain.frame.unpack_from(raw, position) != chain.expected
+        ):
             chain = _walk(family, raw, position, name, frames, comments)
         chains.append(chain)
         places.append(position)
