@@ -74,7 +74,7 @@ def call(path: str, method: str, **parameters: object) -> Answer:
         if "error" not in reply:
             return dict(reply["parameters"])
         name = str(reply["error"]).rpartition(".")[2]
-        about = reply["parameters"]
+        about = dict(reply["parameters"])
     except (ValueError, TypeError, KeyError, StopIteration, SystemError):
         # SystemError: what the C half says of bad JSON when json.decoder is not loaded.
         raise HookError(f"what answers at {path} is no acctd agent; see --socket", EX_UNAVAILABLE) from None

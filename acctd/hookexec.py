@@ -14,7 +14,7 @@ from _socket import socket as Socket  # noqa: N812  # a class
 
 from acctd import helper, hookcall
 
-_EX_NOUSER, _EX_OSERR, _TAKEN = 66, 71, 73
+_EX_NOUSER, _EX_OSERR = 66, 71
 _LOG = "/dev/log"
 _PRIORITY = 28  # daemon.warning, syslog(3)
 _UNACCOUNTED = "unaccounted"
@@ -111,11 +111,10 @@ class _Way:
                 step = "make namespaces"
                 refusal = enter.in_new_namespaces(self._move_pipe).decode()
                 namespace = _opened(name)
-                if refusal:
+                # Whatever it says, if the pipe is ours now: another exec of the same job was first, and is joined.
+                if refusal and not enter.is_ours(namespace):
                     code, unreachable, said = refusal.split(" ", 2)
-                    # Taken: another exec of the same job may have been first, and is joined.
-                    if int(code) != _TAKEN or not enter.is_ours(namespace):
-                        raise hookcall.HookError(said, int(code), unreachable=unreachable == "1")
+                    raise hookcall.HookError(said, int(code), unreachable=unreachable == "1")
             step = "join the job's"
             enter.join(namespace)
         except OSError as e:
