@@ -250,10 +250,11 @@ def main() -> None:
         costs, ticks, missing = measure(served, plan)
         usual = latency(served, plan.latency, back_to_back=False)
         dense = latency(served, plan.latency, back_to_back=True)
-        lines = served.log().count(" trouble: ")
-    _print(plan, costs, ticks, usual, dense)
-    for sentence in [*missing, *([f"acctd: logged trouble {lines} times"] if lines else [])]:
-        print(f"\nNot as it should be: {sentence}.")
+        if troubles := served.log().count(" trouble: "):
+            missing.append(f"acctd: logged trouble {troubles} times")
+        _print(plan, costs, ticks, usual, dense)
+        for sentence in missing:
+            print(f"\nNot as it should be: {sentence}.")
 
 
 def _print(
