@@ -22,7 +22,7 @@ from msgspec import Meta
 from acctd.cgroup.layout import CONTROLLERS
 from acctd.errors import ConfigError, NotFoundError, NotPermittedError, UsageError
 from acctd.kernel.cgroupfs import checked_parts
-from acctd.model import INT64_MAX, DestinationClass, Limits, NetworkMode, check_classes, parse_class, parse_size
+from acctd.model import INT64_MAX, DestinationClass, Limits, OwnNetwork, check_classes, parse_class, parse_size
 
 DEFAULT_FILE = "/etc/acctd/acctd.toml"
 ENVIRONMENT = "ACCTD_CONFIG"
@@ -50,7 +50,7 @@ class CgroupTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class NetworkTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[network] as written."""
 
-    mode: Annotated[NetworkMode, Meta(description='"nat", "host" or "none"')] = "nat"
+    mode: Annotated[OwnNetwork, Meta(description='"nat", "host" or "none"')] = "nat"
     pool4: _Text = "10.181.0.0/18"
     pool6: _Text = "fd61:6363:7464::/112"
     backend: Annotated[Backend, Meta(description='"auto", "iptables" or "nftables"')] = "auto"
@@ -106,7 +106,7 @@ class CgroupConfig:
 class NetworkConfig:
     """What a job's network is unless it asks otherwise, and the addresses its pipes take."""
 
-    mode: NetworkMode
+    mode: OwnNetwork
     pool4: IPv4Network
     pool6: IPv6Network | None  # None: jobs have no IPv6
     backend: Backend

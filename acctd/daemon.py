@@ -163,15 +163,17 @@ class Daemon:
     def attach(self, job: Job, pid: int) -> None:
         """Put a process into the job; the job runs from the first one on. Raises NotFoundError, KernelRefusedError."""
         first = job.row.phase == "made"
-        main = procs.identity(pid) if first else None
+        member = procs.identity(pid)
+        if not procs.is_alive(member):
+            raise NotFoundError(f"pid {pid} does not exist any more; attach a living process")
         if first:
             # Written on both sides: whoever dies between them leaves a job that may have run, and is billed.
             self.books.write(lambda: self.agent.begin(job))
         job.cgroups.attach(pid)
+        if first or job.row.terms.ended_ns is not None:
+            self._set_terms(job, replace(job.row.terms, member=member, ended_ns=None))
+            self._watch_member(job)
         if first:
-            job.row = replace(job.row, phase="running", terms=replace(job.row.terms, main=main))
-            self.books.write(lambda: self.agent.ledger.set_terms(job.row.seq, job.row.terms))
-            self._keep_watch(job)
             self.news.tell(job.spec.id, "began", f"pid {pid}")
 
     def track(self, job: Job, rule: Rule) -> set[int]:
@@ -268,7 +270,7 @@ class Daemon:
             "phase": row.phase,
             "network": row.spec.network,
             "started": row.created,
-            "wall_ns": (row.terms.main_ended_ns or boottime()) - row.boot_ns,
+            "wall_ns": (row.terms.ended_ns or boottime()) - row.boot_ns,
             "pids": sorted(job.cgroups.members()),
             "limits": {},
             "tags": {},
@@ -307,7 +309,7 @@ class Daemon:
         try:
             await self.kill(job)
             for inner in family.below(self.jobs, job):
-                await self.finish(inner, Ending(at=inner.row.terms.main_ended_ns))
+                await self.finish(inner, Ending(at=inner.row.terms.ended_ns))
             record = self._close(job, ending)
         finally:
             self._busy.discard(name)
@@ -327,7 +329,7 @@ class Daemon:
         return await self.finish(job, Ending(at=boottime()))
 
     def _close(self, job: Job, ending: Ending) -> Record:
-        ending = replace(ending, at=job.row.terms.main_ended_ns or ending.at)
+        ending = replace(ending, at=job.row.terms.ended_ns or ending.at)
         record = self.agent.last_reading(job, ending, patience=0.0)  # kill() has had it, without blocking others
         self._forget(job)
         if self.books.sign_off(job, record):
@@ -351,20 +353,33 @@ class Daemon:
     # Who is watched
 
     def _keep_watch(self, job: Job) -> None:
-        """Hear of the end of its main process and of its watcher, and read it as often as its starter asked for."""
-        name, terms = job.spec.id, job.row.terms
-        if terms.main is not None and terms.main_ended_ns is None:
-            self._vigil.watch(name, terms.main, lambda: self._main_ended(job))
+        """Hear of the end of its processes and of its watcher, and read it as often as its starter asked for."""
+        terms = job.row.terms
+        self._watch_member(job)
         if terms.watcher is not None:
-            self._vigil.watch(name, terms.watcher, lambda: self._spawn(self._watcher_ended(job)))
-        if terms.interval is not None and job.row.phase == "made":
+            self._vigil.watch(job.spec.id, terms.watcher, lambda: self._spawn(self._watcher_ended(job)))
+        if terms.interval is not None:
             self._spawn(self._read_often(job, terms.interval))
 
-    def _main_ended(self, job: Job) -> None:
-        if self.jobs.get(job.spec.id) is job:
-            job.row = replace(job.row, terms=replace(job.row.terms, main_ended_ns=boottime()))
-            self.books.write(lambda: self.agent.ledger.set_terms(job.row.seq, job.row.terms))
-            self.news.tell(job.spec.id, "ended", "its first process has ended")
+    def _watch_member(self, job: Job) -> None:
+        """Wait for one of its processes; when that ends, for another one, until there is none."""
+        terms = job.row.terms
+        if terms.member is not None and terms.ended_ns is None:
+            self._vigil.watch(job.spec.id, terms.member, lambda: self._member_ended(job))
+
+    def _member_ended(self, job: Job) -> None:
+        if self.jobs.get(job.spec.id) is not job:
+            return
+        if living := job.cgroups.living():
+            job.row = replace(job.row, terms=replace(job.row.terms, member=procs.identity(min(living))))
+            self._watch_member(job)
+        else:
+            self._set_terms(job, replace(job.row.terms, ended_ns=boottime()))
+            self.news.tell(job.spec.id, "ended", "its last process has ended")
+
+    def _set_terms(self, job: Job, terms: Terms) -> None:
+        job.row = replace(job.row, terms=terms)
+        self.books.write(lambda: self.agent.ledger.set_terms(job.row.seq, terms))
 
     async def _watcher_ended(self, job: Job) -> None:
         """Nobody will finish it: its processes go to its parent, or it is finished once it has none."""
@@ -377,7 +392,7 @@ class Daemon:
         elif job.row.parent is not None:
             await self.unregister(job)
         elif not job.cgroups.living():
-            await self.finish(job, Ending(at=job.row.terms.main_ended_ns))
+            await self.finish(job, Ending(at=job.row.terms.ended_ns))
 
     async def _read_often(self, job: Job, interval: float) -> None:
         while self.jobs.get(job.spec.id) is job:

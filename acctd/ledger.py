@@ -112,8 +112,8 @@ class Terms:
     watcher: str | None = None  # the job is given up when this process ends
     interval: float | None = None  # s; read at least so often
     rules: tuple[Rule, ...] = ()
-    main: str | None = None  # the first process of the job, whose end is the job's
-    main_ended_ns: int | None = None  # CLOCK_BOOTTIME when that was seen
+    member: str | None = None  # a process of the job that is waited for
+    ended_ns: int | None = None  # CLOCK_BOOTTIME when the job was seen to have no process any more
     moved: bool = False  # the pipe leads into a namespace of the owner's own, see pipe.move
 
 

@@ -74,14 +74,14 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
         return None
     if row.boot_id != agent.boot_id:
         job.note("the node rebooted while this job ran; totals and wall time are those stored last")
-    elif row.terms.main_ended_ns is not None:
+    elif row.terms.ended_ns is not None:
         job.note("whoever watched this job died after it ended; its exit status is unknown")
     else:
         job.note(
             "whoever watched this job died before it ended; its exit status is unknown, and its wall time ends when it "
             "was found to have ended"
         )
-    return agent.finish(job, Ending(at=row.terms.main_ended_ns))
+    return agent.finish(job, Ending(at=row.terms.ended_ns))
 
 
 def _stays(agent: Agent, job: Job) -> bool:

@@ -198,3 +198,31 @@ def test_two_agents_on_one_socket(served: Served) -> None:
     assert done.returncode == 77
     assert "served already" in done.stderr
     assert served.ok("List") == {"jobs": []}
+
+
+def test_a_job_ends_with_its_last_process(served: Served, sleeper: Callable[[], subprocess.Popen[bytes]]) -> None:
+    """Its wall time ends there, however late its starter comes; a process that comes after it lets it go on."""
+
+    def wall() -> int:
+        found: int = served.ok("Usage", job="e")["job"]["wall_ns"]
+        return found
+
+    def end(child: subprocess.Popen[bytes]) -> list[str]:
+        child.kill()
+        child.wait()
+        served.ok("Snapshot")
+        return [event["event"] for event in served.ok("Events", job="e")["events"]]
+
+    first, second, third = sleeper(), sleeper(), sleeper()
+    served.ok("Create", job="e")
+    for child in (first, second):
+        served.ok("Attach", job="e", pid=child.pid)
+    assert end(first) == ["created", "began"]
+    assert end(second) == ["created", "began", "ended"]
+    ended = wall()
+    assert wall() == ended
+    served.ok("Attach", job="e", pid=third.pid)
+    assert wall() > ended
+    assert end(third) == ["created", "began", "ended", "ended"]
+    ended = wall()
+    assert served.ok("Finish", job="e", exit_code=3)["record"]["wall_ns"] == ended
