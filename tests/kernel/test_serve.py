@@ -163,7 +163,8 @@ def test_watchers_hear_of_a_job(served: Served) -> None:
         heard = b""
         while heard.count(b"\0") < 2:
             heard += connection.recv(1 << 16)
-    assert [json.loads(frame)["parameters"]["event"]["event"] for frame in heard.split(b"\0")[:2]] == ["created", "finished"]
+    told = [json.loads(frame)["parameters"]["event"]["event"] for frame in heard.split(b"\0")[:2]]
+    assert told == ["created", "finished"]
 
 
 def test_ticks_come_and_their_cost_is_told(served: Served, sleeper: Callable[[], subprocess.Popen[bytes]]) -> None:

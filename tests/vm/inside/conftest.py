@@ -16,8 +16,8 @@ import pytest
 from acctd import config as configuration
 from acctd import launch
 from acctd.agent import Agent
-from acctd.job import Ending, Job
 from acctd.cgroup.layout import CONTROLLERS, discover
+from acctd.job import Ending, Job
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.model import JobSpec, Limits, NetworkMode, Owner, Record
 
@@ -45,9 +45,12 @@ class Machine:
     directory: Path
     jobs: list[Job] = field(default_factory=list)
 
-    def create(self, name: str, limits: Limits | None = None, network: NetworkMode = "host") -> Job:
-        spec = JobSpec(id=name, owner=Owner(0, 0, "root"), limits=limits or Limits(), network=network)
-        job = self.agent.create(spec)
+    def create(
+        self, name: str, limits: Limits | None = None, network: NetworkMode = "host", parent: Job | None = None
+    ) -> Job:
+        above = parent.spec.id if parent else None
+        spec = JobSpec(name, Owner(0, 0, "root"), limits or Limits(), network, parent=above)
+        job = self.agent.create(spec, parent)
         self.jobs.append(job)
         return job
 

@@ -36,10 +36,31 @@ def test_every_controller_has_its_place(machine: Machine) -> None:
     job = machine.create("placed")
     process = machine.start(job, "sleep", "1000")
     for hierarchy, directory in job.cgroups.all():
-        assert directory.procs() == [process.pid], hierarchy
+        assert [pid for cgroup in directory.subtree() for pid in cgroup.procs()] == [process.pid], hierarchy
     assert job.cgroups.kill() == set()
     assert process.wait() == -signal.SIGKILL
     machine.finish(job, -signal.SIGKILL)
+
+
+def test_a_family_lies_in_its_parent_and_is_counted_in_both(machine: Machine) -> None:
+    spin = "i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done; sleep 1000"
+    parent = machine.create("parent", Limits(memory=256 * MIB))
+    pilot = machine.start(parent, "sleep", "1000")
+    child = machine.create("child", Limits(pids=20, memory=64 * MIB), parent=parent)
+    payload = machine.start(child, "sh", "-c", spin)
+    while len(child.cgroups.living()) < 2:
+        assert payload.poll() is None
+    assert child.cgroups.living() < parent.cgroups.living()
+    assert child.cgroups.kill() == set()
+    assert (payload.wait(), pilot.poll()) == (-signal.SIGKILL, None)
+    inner = machine.finish(child, -signal.SIGKILL)
+    assert parent.cgroups.kill() == set()
+    assert pilot.wait() == -signal.SIGKILL
+    outer = machine.finish(parent, -signal.SIGKILL)
+    used = [sum(record.totals[name][""] for name in ("cpu_user", "cpu_system")) for record in (inner, outer)]
+    assert 0 < used[0] <= used[1]
+    assert inner.totals["memory_peak"][""] <= outer.totals["memory_peak"][""]
+    assert (inner.parent, outer.parent) == ("parent", None)
 
 
 def test_limits_reach_the_kernel(machine: Machine) -> None:
