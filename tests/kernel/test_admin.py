@@ -336,8 +336,7 @@ def test_top_is_stopped_and_continued_and_follows_the_terminals_size(
     top.until(LEFT)
     assert termios.tcgetattr(top.fd) == before
     os.kill(top.pid, signal.SIGCONT)
-    top.until(ENTERED)
-    top.until_shown(r"42\.0.*q quit")
+    top.until(rf"{ENTERED}[^\x00]*42\.0[^\x00]*q quit")
     fcntl.ioctl(top.fd, termios.TIOCSWINSZ, struct.pack("4H", 10, 50, 0, 0))
     # Frames of the old width may still come: the last line of the new one is cut.
     top.until_shown(r"42\.0[^q]*j job  r reverse\s*$")
