@@ -261,7 +261,7 @@ def test_top_in_a_pipe_prints_tables_with_rates(served: Served, busy: subprocess
         assert "\x1b" not in text
         title, line = text.splitlines()
         assert title.split() == ["JOB", "OWNER", "PROCS", "CPU%", "MEMORY", "IN/s", "OUT/s", "IO/s", "WALL"]
-        found = re.match(r"42\.0 +root +1 +(\d+)  \[\|+ *\] +\d+M  \[\|* *\] ", line)
+        found = re.match(r"42\.0 +root +1 +(\d+)  \[\|* *\] +\d+M  \[\|* *\] ", line)
         assert found, line
         # One busy process: at most one core, and a share of it however much else goes on here.
         assert 1 <= int(found[1]) <= 110
