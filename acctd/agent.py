@@ -20,7 +20,7 @@ from acctd.config import Config
 from acctd.errors import AcctdError, InUseError, KernelRefusedError, LedgerError, NotPermittedError
 from acctd.job import NETWORK_NAMES, Ending, Job, boottime, hold, listed
 from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
-from acctd.ledger import FILE, Ledger, Place, Terms, encode_row, move_aside
+from acctd.ledger import FILE, Ledger, Phase, Place, Terms, encode_row, move_aside
 from acctd.meter import add
 from acctd.metrics import BLOCK, CPU_SYSTEM, CPU_USER
 from acctd.model import JobSpec, Record, chain_name
@@ -221,7 +221,9 @@ class Agent:
         seqs: dict[int, int] = {}
         for seq, job in sorted(self.held.items()):
             parent = seqs.get(job.row.parent) if job.row.parent is not None else None
-            job.row = self.ledger.reinstate(replace(job.row, account=job.account, parent=parent, seen_ns=boottime()))
+            phase: Phase = "closed" if job in self.leftovers else job.row.phase
+            row = replace(job.row, phase=phase, account=job.account, parent=parent, seen_ns=boottime())
+            job.row = self.ledger.reinstate(row)
             seqs[seq] = job.row.seq
         self.held = {job.row.seq: job for job in self.held.values()}
         return aside
@@ -258,8 +260,11 @@ class Agent:
             job.note(f"{job.damage} by another program; {mending.bound(job, passed)} of the job are not counted")
         return self.record(job, ending)
 
-    def sign_off(self, job: Job, record: Record) -> None:
-        """Commit the record, tell the parent, and remove what is left in the kernel. Raises LedgerError."""
+    def sign_off(self, job: Job, record: Record, patience: float = 2.0) -> None:
+        """Commit the record, tell the parent, and remove what is left in the kernel. Raises LedgerError.
+
+        Cgroups that stay busy for `patience` seconds are left to clear_up().
+        """
         parent = self.held.get(job.row.parent) if job.row.parent is not None else None
         elsewhere = {name: record.totals[name] for name in NETWORK_NAMES if name in record.totals}
         # v2 keeps what a removed child did; v1's block counters sum over those that are there.
@@ -274,7 +279,7 @@ class Agent:
             parent.families, parent.unstored = add(parent.families, elsewhere), True
             parent.meter.expect_loss(lost)
         try:
-            self.dismantle(job)
+            self.dismantle(job, patience)
         except AcctdError as e:
             self.trouble.append(f"job {job.spec.id}: {e}")
             self.leftovers.append(job)
@@ -284,7 +289,7 @@ class Agent:
         for job in list(self.leftovers):
             try:
                 job.cgroups.kill(0.0)
-                self.dismantle(job)
+                self.dismantle(job, 0.0)
             except AcctdError:
                 continue  # said when it failed first
             self.leftovers.remove(job)
@@ -360,7 +365,7 @@ class Agent:
             job.namespace = None
         pipe.remove(self.netns(job), job.lease.ifname if job.lease else None)
 
-    def dismantle(self, job: Job) -> None:
+    def dismantle(self, job: Job, patience: float = 2.0) -> None:
         """After the record: chain, connections, cgroups, and last the lease."""
         job.close()
         if job.plan is not None and job.lease is not None and job.pools is not None and job.row.place.backend:
@@ -370,7 +375,7 @@ class Agent:
                 self._backend(job.row.place.backend, job.pools).remove(job.plan)
                 if not self.ledger.leases_beside(job.row):
                     host.let_go(job.pools)
-        if not job.cgroups.remove():
+        if not job.cgroups.remove(patience):
             raise KernelRefusedError(
                 f"its cgroups are still busy with {listed(job.cgroups.living()) or 'exiting tasks'}"
             )

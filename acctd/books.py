@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from acctd.agent import Agent
-from acctd.errors import LedgerError
+from acctd.errors import LedgerError, NotPermittedError
 from acctd.job import Job, boottime
 from acctd.ledger import Event
 from acctd.model import Record
 
 _EVENTS_WAITING = 10_000
+_PATIENCE = 0.2  # s for cgroups to let go; nobody else is served meanwhile
 
 log = logging.getLogger("acctd")
 
@@ -55,7 +56,7 @@ class Books:
 
     def sign_off(self, job: Job, record: Record) -> bool:
         """Commit a record and dismantle its job; False if that has to wait for catch_up()."""
-        if self._do(lambda: self._agent.sign_off(job, record)):
+        if self._do(lambda: self._agent.sign_off(job, record, _PATIENCE)):
             self.unsigned.pop(job.spec.id, None)
             return True
         self.unsigned[job.spec.id] = job, record
@@ -81,7 +82,7 @@ class Books:
                 log.error("%s; it is now %s, and a new one is begun with the jobs that are open", e, aside)
                 self._events.append((None, "ledger", f"corrupt, moved aside to {aside}; open jobs are in a new one"))
                 act()
-        except LedgerError as e:
+        except (LedgerError, NotPermittedError) as e:  # the latter where its file system became read-only
             if self.trouble is None:
                 log.error("%s; the agent goes on, and writes later what waits", e)
             self.trouble = str(e)

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import msgspec
-
 from acctd import family, tracking
 from acctd.agent import Agent
 from acctd.books import Books
@@ -162,6 +160,8 @@ class Daemon:
 
     def attach(self, job: Job, pid: int) -> None:
         """Put a process into the job; the job runs from the first one on. Raises NotFoundError, KernelRefusedError."""
+        if job.spec.id in self._busy:
+            raise UsageError(f"job {job.spec.id!r} is being finished; it takes no process any more")
         first = job.row.phase == "made"
         member = procs.identity(pid)
         if not procs.is_alive(member):
@@ -186,12 +186,17 @@ class Daemon:
 
     def _take_tracked(self, job: Job) -> set[int]:
         owner = job.spec.owner.uid
-        new = {
-            pid for pid in tracking.find(job.row.terms.rules, owner if owner != 0 else None) if self.job_of(pid) is None
-        }
+        found = tracking.find(job.row.terms.rules, owner if owner != 0 else None)
+        new = {pid for pid in found if self._may_come_from(self.job_of(pid), job)}
         if new:
             self._take_in(job, new)
         return new
+
+    def _may_come_from(self, place: Job | None, job: Job) -> bool:
+        """Whether a job may take what it tracks from there: a family from the jobs above it, others from outside."""
+        if job.row.parent is None:
+            return place is None
+        return place is not None and place is not job and family.is_inside(job, place)
 
     def _take_in(self, job: Job, pids: Iterable[int]) -> None:
         for pid in pids:
@@ -242,46 +247,10 @@ class Daemon:
         """The job that a process is in; of nested ones the innermost."""
         return family.innermost(self.jobs, procs.cgroups(pid))
 
-    def usage(self, job: Job) -> dict[str, Any]:
-        """The job now, read this moment, with the families that have pipes of their own."""
+    def read(self, job: Job) -> None:
+        """Read a job now, with the families inside it, whose networks are part of its account."""
         for each in (job, *family.below(self.jobs, job)):
             self.agent.read_one(each)
-        return self.describe(job)
-
-    def describe(self, job: Job) -> dict[str, Any]:
-        """The job as of its last reading. Totals by metric and label."""
-        row = job.row
-        return {
-            **self.sketch(job),
-            "limits": msgspec.to_builtins(row.spec.limits),
-            "tags": dict(row.spec.tags),
-            "notes": list(job.notes),
-            "totals": family.totals(job, family.below(self.jobs, job)),
-        }
-
-    def sketch(self, job: Job) -> dict[str, Any]:
-        """What ps(1) would show of it anyway."""
-        row = job.row
-        return {
-            "id": row.spec.id,
-            "parent": row.spec.parent,
-            "owner": row.spec.owner.name,
-            "uid": row.spec.owner.uid,
-            "phase": row.phase,
-            "network": row.spec.network,
-            "started": row.created,
-            "wall_ns": (row.terms.ended_ns or boottime()) - row.boot_ns,
-            "pids": sorted(job.cgroups.members()),
-            "limits": {},
-            "tags": {},
-            "notes": [],
-            "totals": {},
-        }
-
-    def interim(self, job: Job) -> Record:
-        """A record of the job so far, for showing; it is signed by nobody."""
-        record = self.agent.record(job, Ending(at=boottime()))
-        return replace(record, state="running", totals=family.totals(job, family.below(self.jobs, job)))
 
     async def kill(self, job: Job, timeout: float = 10.0) -> set[int]:
         """End every process of a job without holding up another; the pids that would not die within `timeout` s."""
@@ -382,10 +351,12 @@ class Daemon:
         self.books.write(lambda: self.agent.ledger.set_terms(job.row.seq, terms))
 
     async def _watcher_ended(self, job: Job) -> None:
-        """Nobody will finish it: its processes go to its parent, or it is finished once it has none."""
-        if self.jobs.get(job.spec.id) is not job:
-            return
-        self.news.tell(job.spec.id, "abandoned", "its watcher has ended")
+        """Nobody will finish it: its processes go to its parent, or it is finished once it has none, see each tick."""
+        if self.jobs.get(job.spec.id) is job:
+            self.news.tell(job.spec.id, "abandoned", "its watcher has ended")
+            await self._give_up(job)
+
+    async def _give_up(self, job: Job) -> None:
         if job.row.phase == "made" and not job.cgroups.living():
             self._forget(job)
             self.agent.abandon(job)
@@ -458,8 +429,8 @@ class Daemon:
             if job.row.terms.rules:
                 with self._telling(job):
                     self._take_tracked(job)
-            if job.row.parent is None and job.row.terms.watcher and not procs.is_alive(job.row.terms.watcher):
-                await self._watcher_ended(job)
+            if job.row.terms.watcher is not None and not procs.is_alive(job.row.terms.watcher):
+                await self._give_up(job)
         for record in self.books.catch_up():
             self.news.tell(record.id, "finished", f"{record.state}; its record could be written now")
         self.agent.clear_up()

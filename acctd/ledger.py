@@ -496,6 +496,6 @@ def _trouble(path: Path, error: Exception) -> AcctdError:
     text = str(error)
     if isinstance(error, PermissionError) or "readonly" in text or "unable to open" in text:
         return NotPermittedError(f"cannot open the ledger {path}: {error}; run as root or set state_dir")
-    if isinstance(error, sqlite3.DatabaseError) and any(word in text for word in ("malformed", "not a database")):
+    if isinstance(error, sqlite3.DatabaseError) and any(word in text for word in ("malformed", "not a database", "closed")):
         return LedgerError(f"ledger {path} is corrupt ({error}); acctd serve moves it aside", corrupt=True)
     return LedgerError(f"ledger {path} cannot be used now ({error}); see that the disk is not full")

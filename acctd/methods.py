@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 import msgspec
 
-from acctd import accounts, family
+from acctd import accounts, family, views
 from acctd.agent import with_default_classes
 from acctd.caller import Caller
 from acctd.daemon import Daemon
@@ -120,7 +120,12 @@ class Methods:
 
     async def _create(self, caller: Caller, wanted: _Create) -> Answer:
         config = self._daemon.agent.config
-        owner = accounts.named(wanted.user).owner if wanted.user is not None else accounts.of(caller.uid, caller.gid)
+        if wanted.user is not None:
+            owner = accounts.named(wanted.user).owner
+        elif wanted.parent is not None:
+            owner = self._daemon.find(wanted.parent).spec.owner
+        else:
+            owner = accounts.of(caller.uid, caller.gid)
         if caller.uid not in (0, owner.uid):
             raise NotPermittedError(f"only root may create a job for {owner.name} (you are uid {caller.uid})")
         self._may_make(caller, wanted.parent)
@@ -208,17 +213,18 @@ class Methods:
     async def _usage(self, caller: Caller, wanted: _OfJob) -> Answer:
         job = self._daemon.find(wanted.job)
         caller.must_own(job)
-        usage = self._daemon.usage(job)
-        return {"job": usage, "classad": format_ad(record_ad(self._daemon.interim(job)))}
+        self._daemon.read(job)
+        record = views.interim(self._daemon.agent, self._daemon.jobs, job)
+        return {"job": views.whole(self._daemon.jobs, job), "classad": format_ad(record_ad(record))}
 
     async def _list(self, caller: Caller, _: _Nothing) -> Answer:
         shown = []
         others = self._daemon.agent.config.access.others == "ps"
         for number, job in enumerate(list(self._daemon.jobs.values())):
             if caller.owns(job):
-                shown.append(self._daemon.describe(job))
+                shown.append(views.whole(self._daemon.jobs, job))
             elif others:
-                shown.append(self._daemon.sketch(job))
+                shown.append(views.sketch(job))
             if number % 20 == 19:
                 await asyncio.sleep(0)
         return {"jobs": shown}

@@ -69,7 +69,7 @@ def record_ad(record: Record) -> dict[str, ClassAdValue]:
     ad.put("AcctdUid", record.uid)
     ad.put("Machine", record.node)
     ad.put("JobStartDate", _epoch(record.started))
-    ad.put("CompletionDate", _epoch(record.ended))
+    ad.put("CompletionDate", _epoch(record.ended) if record.state != "running" else None)
     ad.put("RemoteWallClockTime", record.wall_ns / 10**9)
     if record.exit_code is not None or record.exit_signal is not None:
         ad.put("ExitBySignal", record.exit_signal is not None)
