@@ -39,17 +39,18 @@ class Guests:
 
 
 def _run(layout: str, results: Path) -> dict[str, list[dict[str, str]]]:
-    files = [str(lanes.INSIDE / file) for file in lanes.LANES[layout]]
-    command = [
-        "env", f"ACCTD_VM_REPORT={guest.RESULTS}/report", f"ACCTD_VM_BACKEND={lanes.BACKENDS.get(layout, 'auto')}",
-        # Plugins cost an emulated CPU seconds each.
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest",
-        "--basetemp=/run/tmp/pytest", *files,
-    ]  # fmt: skip
-    status = guest.run(layout, command, results, timeout=_TIMEOUT)
     report = results / "report"
-    if status not in (0, 1) or not report.exists():
-        raise guest.GuestError(f"pytest in the {layout} guest ended with {status}\n{(results / 'output').read_text()}")
+    for boot in lanes.boots(layout):
+        command = [
+            "env", f"ACCTD_VM_REPORT={guest.RESULTS}/report", f"ACCTD_VM_BACKEND={lanes.BACKENDS.get(layout, 'auto')}",
+            # Plugins cost an emulated CPU seconds each.
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest",
+            "--basetemp=/run/tmp/pytest", *(str(lanes.INSIDE / file) for file in boot),
+        ]  # fmt: skip
+        status = guest.run(layout, command, results, timeout=_TIMEOUT)
+        if status not in (0, 1) or not report.exists():
+            said = (results / "output").read_text()
+            raise guest.GuestError(f"pytest in the {layout} guest ended with {status}\n{said}")
     phases: dict[str, list[dict[str, str]]] = {}
     for line in report.read_text().splitlines():
         phase = json.loads(line)

@@ -36,6 +36,9 @@ LAYOUTS = {
     "done; mkdir unified; mount -t cgroup2 cgroup2 unified",
 }
 """How a guest mounts its cgroups before the command starts."""
+SYSTEMD = "systemd"
+"""The layout of a guest whose first process is systemd, which mounts cgroups by itself (v2) and runs the command as a
+service."""
 
 _MODULES = ("virtio_pci", "9p", "9pnet_virtio", "overlay", "virtio_blk")
 
@@ -136,15 +139,42 @@ def run(layout: str, command: Sequence[str], results: Path, *, disk_mib: int = 6
 
 def _main(layout: str, command: Sequence[str]) -> str:
     """What the guest's first process does: set the layout up, run the command, say how it ended, power off."""
-    return (
+    environment = (
         "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8\n"
         f"export TMPDIR=/run/tmp PYTHONPATH={shlex.quote(str(REPO))}\n"
-        f"({LAYOUTS[layout]}) || echo 'acctd-vm: cgroups not mounted'\n"
+    )
+    run = (
         f"cd {shlex.quote(str(REPO))}\n"
         f"{shlex.join(command)} </dev/null >{RESULTS}/output 2>&1\n"
         f"echo $? >{RESULTS}/status\n"
         "busybox poweroff -f\n"
     )
+    if layout != SYSTEMD:
+        return f"{environment}({LAYOUTS[layout]}) || echo 'acctd-vm: cgroups not mounted'\n{run}"
+    units = "/run/systemd/system"
+    return (
+        # Nothing of what this host would start at boot: no generator, no enabled unit, no udev. What is left of the
+        # real thing is the manager, the journal, and the targets that units order themselves by. And nothing of an
+        # acctd that was used here.
+        "for empty in /etc/systemd/system /lib/systemd/system-generators /lib/systemd/system/sysinit.target.wants "
+        "/etc/acctd /var/lib/acctd\ndo mkdir -p $empty; mount -t tmpfs empty $empty; done\n"
+        f"mkdir -p {units}\n"
+        f"cat >{units}/acctd-vm.service <<'END'\n{_UNIT}END\n"
+        f"cat >/run/acctd-vm-command <<'END'\n{environment}{run}END\n"
+        "exec /lib/systemd/systemd --unit=acctd-vm.service --show-status=no\n"
+    )
+
+
+_UNIT = """\
+[Unit]
+Requires=systemd-journald.service
+After=systemd-journald.service
+
+[Service]
+Type=oneshot
+ExecStart=sh /run/acctd-vm-command
+TimeoutStartSec=infinity
+"""
 
 
 def _tail(results: Path) -> str:
@@ -255,8 +285,9 @@ def _padded(data: bytes) -> bytes:
 
 def _cli(arguments: Sequence[str]) -> int:
     layout, dashes, *command = arguments if len(arguments) > 2 else ("", "")
-    if layout not in LAYOUTS or dashes != "--":
-        sys.exit(f"usage: python -m tests.vm.guest {'|'.join(LAYOUTS)} -- COMMAND...")
+    layouts = [*LAYOUTS, SYSTEMD]
+    if layout not in layouts or dashes != "--":
+        sys.exit(f"usage: python -m tests.vm.guest {'|'.join(layouts)} -- COMMAND...")
     with tempfile.TemporaryDirectory(prefix="acctd-vm-") as results:
         status = run(layout, command, Path(results))
         sys.stdout.write(Path(results, "output").read_text(errors="replace"))

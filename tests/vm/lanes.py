@@ -13,10 +13,21 @@ LANES: dict[str, tuple[str, ...]] = {
     "joined": ("inside_any.py", "inside_nat.py"),
     "single": ("inside_any.py",),
     "divided": ("inside_any.py",),
+    "systemd": ("inside_systemd.py", "inside_rebooted.py"),
 }
 
 BACKENDS = {"v2": "nftables", "joined": "iptables"}
 """Which back end inside_nat.py takes where: one emulated run of either is enough."""
+
+
+BOOTS_PER_FILE = {"systemd"}
+"""Whose guest is booted anew for each file, with the same results directory; elsewhere one boot runs them all."""
+
+
+def boots(layout: str) -> list[tuple[str, ...]]:
+    """The files of each boot of a layout's guest."""
+    files = LANES[layout]
+    return [(file,) for file in files] if layout in BOOTS_PER_FILE else [files]
 
 
 def names(layout: str) -> list[str]:
