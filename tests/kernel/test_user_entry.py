@@ -4,13 +4,21 @@ import functools
 import os
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from acctd.errors import InUseError, KernelRefusedError, NotFoundError, NotPermittedError
+from acctd.kernel import netns
+from acctd.network import pipe
+from acctd.network.backend import Pools
+from acctd.network.pool import Lease, lease
 from lab.topology import Topology
 from lab.traffic import PORT, Server, expected_udp
 from lab.wire import WireCounter
@@ -319,3 +327,193 @@ def test_an_owner_who_keeps_the_capabilities_sends_nothing_uncounted(
     assert sent == arrived, wire
     assert (sent > 1000) == passes
     assert sent > 100  # the connection
+
+
+# The agent's side by itself: what may be moved where, and that a move that fails leaves the pipe as it was
+
+POOLS = Pools(IPv4Network("10.182.0.0/18"), IPv6Network("fd61:6363:7465::/112"))
+
+
+@dataclass
+class Laid:
+    """A pipe on the node, and who wants it."""
+
+    path: Path
+    lease: Lease
+    lab: Topology
+    started: list[subprocess.Popen[bytes]]
+
+    def holder(self, *namespaces: str, uid: int = NOBODY) -> int:
+        """A process of that user, in new namespaces of its own; its pid."""
+        person = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+        argv = [*person, *(["unshare", *namespaces] if namespaces else []), "sleep", "1000"]
+        process = self.lab.popen(self.lab.node, argv)
+        self.started.append(process)
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        return process.pid
+
+    def look(self) -> tuple[str, str, bool]:
+        """Where the pipe's name leads, the addresses in there, and whether the outer end is up."""
+        with self.lab.enter(self.lab.node):
+            namespace = os.open(self.path, os.O_RDONLY)
+            try:
+                argv = ["nsenter", f"--net={self.path}", "ip", "-o", "address", "show", "dev", "eth0"]
+                inside = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
+                outer = subprocess.run(
+                    ["ip", "-o", "address", "show", "dev", self.lease.ifname, "up"], capture_output=True, text=True
+                )
+                words = [word for word in inside.split() if "/31" in word or "/127" in word]
+                return (
+                    f"net:[{os.fstat(namespace).st_ino}]",
+                    " ".join(words),
+                    str(self.lease.outer4) in outer.stdout,
+                )
+            finally:
+                os.close(namespace)
+
+    def move(self, pid: int, uid: int = NOBODY) -> str:
+        """Move the pipe; the name of the namespace it is in then."""
+        with self.lab.enter(self.lab.node):
+            namespace = pipe.move(self.path, self.lease, pid=pid, uid=uid)
+        try:
+            return f"net:[{os.fstat(namespace).st_ino}]"
+        finally:
+            os.close(namespace)
+
+
+@pytest.fixture
+def laid(topology: Topology, tmp_path: Path) -> Iterator[Laid]:
+    made = Laid(tmp_path / "netns" / "job", lease(POOLS, 77), topology, [])
+    before = set(os.listdir("/proc/self/fd"))
+    with topology.enter(topology.node):
+        os.close(pipe.make(made.path, made.lease))
+    try:
+        yield made
+    finally:
+        with topology.enter(topology.node):
+            pipe.remove(made.path, made.lease.ifname)
+        for process in made.started:
+            process.kill()
+            process.wait()
+    assert not made.path.exists()
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+    for thread in threading.enumerate():
+        if thread.name == "link removal":
+            thread.join()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_pipe_is_moved_with_all_it_has(laid: Laid) -> None:
+    old, addresses, up = laid.look()
+    assert up
+    pid = laid.holder("--user", "--net")
+    there = os.readlink(f"/proc/{pid}/ns/net")
+    assert laid.move(pid) == there != old
+    assert laid.look() == (there, addresses, True)
+    with pytest.raises(InUseError, match="has been moved"):
+        laid.move(laid.holder("--user", "--net"))
+    assert laid.look() == (there, addresses, True)
+
+
+@pytest.mark.parametrize(
+    ("namespaces", "owner", "said"),
+    [
+        ((), NOBODY, "must be a new one"),  # where the node itself is
+        (("--user",), NOBODY, "must be a new one"),
+        (("--net",), 0, "belongs to uid 0, not to 65534"),
+        (("--user", "--net"), 0, "belongs to uid 0, not to 65534"),
+        (("--user", "--net"), NOBODY - 1, "belongs to uid 65533, not to 65534"),
+    ],
+)
+def test_a_namespace_that_is_not_the_callers_own_is_refused(
+    laid: Laid, namespaces: tuple[str, ...], owner: int, said: str
+) -> None:
+    before = laid.look()
+    with pytest.raises(NotPermittedError, match=said):
+        laid.move(laid.holder(*namespaces, uid=owner))
+    assert laid.look() == before
+
+
+def test_a_process_of_the_callers_in_a_namespace_of_roots_is_refused(laid: Laid) -> None:
+    """As a job of the same user that root has entered: the process is the caller's, its namespace is not."""
+    before = laid.look()
+    other = laid.path.with_name("other")
+    with laid.lab.enter(laid.lab.node):
+        os.close(pipe.make_empty(other))
+    try:
+        argv = ["nsenter", f"--net={other}", "setpriv", "--reuid=65534", "--clear-groups", "sleep", "1000"]
+        process = laid.lab.popen(laid.lab.node, argv)
+        laid.started.append(process)
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
+            assert time.monotonic() < deadline
+        with pytest.raises(NotPermittedError, match="must be a new one"):
+            laid.move(process.pid)
+    finally:
+        netns.remove(other)
+    assert laid.look() == before
+
+
+def test_the_namespace_of_another_job_of_the_same_user_is_refused(laid: Laid) -> None:
+    pid = laid.holder("--user", "--net")
+    laid.move(pid)
+    second = Laid(laid.path.with_name("second"), lease(POOLS, 78), laid.lab, laid.started)
+    with laid.lab.enter(laid.lab.node):
+        os.close(pipe.make(second.path, second.lease))
+    try:
+        before = second.look()
+        with pytest.raises(NotPermittedError, match="is that of job job"):
+            second.move(pid)
+        assert second.look() == before
+    finally:
+        with laid.lab.enter(laid.lab.node):
+            pipe.remove(second.path, second.lease.ifname)
+
+
+def test_a_process_that_is_gone(laid: Laid) -> None:
+    before = laid.look()
+    pid = laid.holder("--user", "--net")
+    laid.started[-1].kill()
+    laid.started[-1].wait()
+    with pytest.raises(NotFoundError, match=f"process {pid} is gone"):
+        laid.move(pid)
+    assert laid.look() == before
+
+
+@pytest.mark.parametrize(
+    "obstacle", ["ip link add eth0 type veth peer name other", "echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6"]
+)
+def test_a_move_that_fails_half_way_puts_the_pipe_back(laid: Laid, obstacle: str) -> None:
+    before = laid.look()
+    pid = laid.holder("--user", "--net")
+    # By the way of root, who may do in there all that the namespace's owner may.
+    subprocess.run(["nsenter", f"--net=/proc/{pid}/ns/net", "sh", "-c", obstacle], check=True)
+    with pytest.raises((KernelRefusedError, NotPermittedError)):
+        laid.move(pid)
+    assert laid.look() == before
+
+
+def test_an_empty_namespace_is_moved_too(topology: Topology, tmp_path: Path) -> None:
+    path = tmp_path / "netns" / "job"
+    with topology.enter(topology.node):
+        os.close(pipe.make_empty(path))
+    person = ["setpriv", "--reuid=65534", "--clear-groups", "unshare", "--user", "--net", "sleep", "1000"]
+    process = topology.popen(topology.node, person)
+    try:
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
+            assert time.monotonic() < deadline
+        with topology.enter(topology.node):
+            namespace = pipe.move(path, None, pid=process.pid, uid=NOBODY)
+        assert f"net:[{os.fstat(namespace).st_ino}]" == os.readlink(f"/proc/{process.pid}/ns/net")
+        os.close(namespace)
+        argv = ["nsenter", f"--net={path}", "ip", "-o", "address"]
+        said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+        assert "127.0.0.1/8" in said
+    finally:
+        netns.remove(path)
+        process.kill()
+        process.wait()
