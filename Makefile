@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vm lint unit bench docs clean
+.PHONY: help setup demo test test-vm lint unit bench docs man completions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -45,6 +45,12 @@ bench: $(READY) ## all benchmarks; their tables belong into docs/performance.md
 
 docs: $(READY) ## make docs/metrics.md anew from the metric catalogue
 	$(RUN) -m exporters.reference > docs/metrics.md
+
+man: $(READY) ## make the manual pages in man/
+	$(RUN) -m acctd.cli.manual man
+
+completions: $(READY) ## make completions/ for bash, zsh and fish anew
+	$(RUN) -m acctd.cli.completion completions
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

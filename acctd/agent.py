@@ -56,6 +56,8 @@ class Agent:
         self.held: dict[int, Job] = {}
         """The jobs that this process holds, by seq."""
         self._chains: dict[tuple[str, Pools], Chains] = {}
+        self.unrecovered = False
+        """Whether something that a dead acctd left could not be dealt with yet; recover() tries again."""
         self.leftovers: list[Job] = []
         """Signed-off jobs that could not be removed from the kernel yet; clear_up() tries again."""
         self._armed: dict[str, str] = {}  # disk -> serial number
@@ -195,7 +197,7 @@ class Agent:
         """Put the accounts so far into the ledger, as far as they have changed."""
         changed = [job for job in jobs if job.unstored]
         if changed:
-            self.ledger.store([(job.row.seq, job.account) for job in changed], boottime())
+            self.ledger.store([(job.row.seq, job.account) for job in changed], self.keeper, boottime())
         for job in changed:
             job.unstored = False
 

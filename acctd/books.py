@@ -47,8 +47,8 @@ class Books:
 
     def store(self, jobs: Iterable[Job]) -> bool:
         """Put the accounts so far into the ledger; False if they stay in memory for now."""
-        held = list(jobs)
-        return self._do(lambda: self._agent.store(held))
+        held = [job for job in jobs if job.unstored]
+        return not held or self._do(lambda: self._agent.store(held))
 
     def write(self, act: Callable[[], None]) -> bool:
         """Do something to the ledger that what is in memory makes up for if it fails; whether it was done."""
@@ -85,9 +85,11 @@ class Books:
         except (LedgerError, NotPermittedError) as e:  # the latter where its file system became read-only
             if self.trouble is None:
                 log.error("%s; the agent goes on, and writes later what waits", e)
+                self._events.append((None, "ledger", f"{e}; what is to be written waits in memory"))
             self.trouble = str(e)
             return False
         if self.trouble is not None:
             log.warning("the ledger can be written again")
+            self._events.append((None, "ledger", "it can be written again"))
             self.trouble = None
         return True

@@ -14,9 +14,11 @@ import msgspec
 
 from acctd.errors import (
     AcctdError,
+    ConfigError,
     ExhaustedError,
     InUseError,
     KernelRefusedError,
+    LedgerError,
     NotFoundError,
     NotPermittedError,
     UnavailableError,
@@ -31,6 +33,8 @@ TIMEOUT = 60.0
 """Seconds a call may take; a kill may wait 10 s for processes that do not want to die."""
 
 _ERRORS: dict[str, type[AcctdError]] = {
+    "LedgerFailed": LedgerError,
+    "ConfigError": ConfigError,
     "UsageError": UsageError,
     "NotFound": NotFoundError,
     "NotPermitted": NotPermittedError,

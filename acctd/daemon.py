@@ -55,16 +55,24 @@ class Daemon:
 
         Call it inside the running event loop.
         """
-        self._recover()
-        for job in self.jobs.values():
+        self._take_over()
+        self._guard(self.jobs.values())
+        self._mend(self.jobs.values())
+        self.books.store(self.jobs.values())
+
+    def _take_over(self) -> None:
+        """Hold the living jobs that nobody holds, and finish the ended ones."""
+        before = set(self.jobs)
+        for record in recover(self.agent, adopt=self._adopt):
+            notes = f"; {' '.join(record.notes)}" if record.notes else ""
+            self.news.tell(record.id, "finished", f"recovered; {record.state}{notes}")
+        self._report()
+        for job in [job for name, job in self.jobs.items() if name not in before]:
             self._keep_watch(job)
             self._relay(job)
             # Before anything is mended: the kernel went on counting.
             with self._telling(job):
                 self.agent.read_one(job)
-        self._guard(self.jobs.values())
-        self._mend(self.jobs.values())
-        self.books.store(self.jobs.values())
 
     def stop(self) -> None:
         """Store all totals and let go; the jobs go on without us."""
@@ -88,11 +96,6 @@ class Daemon:
         self.agent.reconfigure(config)
         self._guard(self.jobs.values())
         self._mend(self.jobs.values())
-
-    def _recover(self) -> None:
-        for record in recover(self.agent, adopt=self._adopt):
-            self.news.tell(record.id, "finished", f"recovered; {record.state}; {' '.join(record.notes)}".rstrip("; "))
-        self._report()
 
     def _report(self) -> None:
         for sentence in self.agent.trouble:
@@ -398,6 +401,12 @@ class Daemon:
             self._ticking = False
         return self.cost.last_tick
 
+    async def snapshot(self) -> float:
+        """A tick now, once the one under way has ended; the s it took."""
+        while self._ticking:
+            await asyncio.sleep(0.005)
+        return await self.tick()
+
     async def _read_all(self) -> None:
         jobs = self._idle()
         dumps = await self._read_chains(jobs)
@@ -434,6 +443,8 @@ class Daemon:
         for record in self.books.catch_up():
             self.news.tell(record.id, "finished", f"{record.state}; its record could be written now")
         self.agent.clear_up()
+        if self.agent.unrecovered:
+            self._take_over()
         await asyncio.sleep(0)
 
     def _mend(self, jobs: Iterable[Job]) -> None:

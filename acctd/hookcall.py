@@ -16,7 +16,8 @@ from struct import pack
 EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_NOPERM = 64, 69, 70, 77
 _CODES = {
     "UsageError": 64, "NotFound": 66, "Unavailable": 69, "Failed": 70, "KernelRefused": 71, "InUse": 73,
-    "Exhausted": 75, "NotPermitted": 77, "InvalidParameter": 64, "MethodNotFound": 69,
+    "LedgerFailed": 74, "Exhausted": 75, "ConfigError": 78,
+    "NotPermitted": 77, "InvalidParameter": 64, "MethodNotFound": 69,
 }  # fmt: skip
 _PATIENCE = 60.0
 """s for one answer, all in all. To end a job may take the agent 10 s, and others may be before us."""

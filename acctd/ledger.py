@@ -81,6 +81,8 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
+_CORRUPT = ("malformed", "not a database", "closed")  # closed: its successor could not be opened
+
 _COLUMNS = "phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, account, parent, terms"
 """What a row of the table job says of an OpenJob beside its seq, in the order of the fields."""
 
@@ -262,12 +264,12 @@ class Ledger:
         with self._writing() as db:
             db.execute("UPDATE job SET phase = 'made' WHERE seq = ?", (seq,))
 
-    def store(self, accounts: Iterable[tuple[int, Account]], seen_ns: int) -> None:
-        """Put the accounts of some jobs (by seq) away as of `seen_ns` (CLOCK_BOOTTIME)."""
+    def store(self, accounts: Iterable[tuple[int, Account]], keeper: str, seen_ns: int) -> None:
+        """Put the accounts of some jobs (by seq) away as of `seen_ns` (CLOCK_BOOTTIME), as their keeper."""
         with self._writing() as db:
             db.executemany(
-                "UPDATE job SET account = ?, seen_ns = ? WHERE seq = ?",
-                [(msgspec.json.encode(account), seen_ns, seq) for seq, account in accounts],
+                "UPDATE job SET account = ?, keeper = ?, seen_ns = ? WHERE seq = ?",
+                [(msgspec.json.encode(account), keeper, seen_ns, seq) for seq, account in accounts],
             )
 
     def seen(self, keeper: str, boot_ns: int) -> None:
@@ -331,15 +333,16 @@ class Ledger:
                 db.execute("DELETE FROM event WHERE number <= ?", (number - EVENTS_KEPT,))
         return Event(number or 0, now, job, event, text)
 
-    def events(self, *, since: int = 0, job: str | None = None, limit: int = 1000) -> list[Event]:
-        """The newest events after a number, oldest first; of one job where one is named."""
+    def events(self, *, since: int | None = None, job: str | None = None, limit: int = 1000) -> list[Event]:
+        """The first events after a number, or the newest ones; of one job where one is named. Oldest first."""
         which, values = ("AND job = ?", (job,)) if job is not None else ("", ())
+        order = "DESC" if since is None else "ASC"
         rows = self._rows(
             f"SELECT number, time, job, event, text FROM event WHERE number > ? {which} "  # noqa: S608  # our own words
-            "ORDER BY number DESC LIMIT ?",
-            *(since, *values, limit),
+            f"ORDER BY number {order} LIMIT ?",
+            *(since or 0, *values, limit),
         )
-        return [Event(*row) for row in reversed(rows)]
+        return sorted((Event(*row) for row in rows), key=lambda event: event.number)
 
     def forget(self, seq: int) -> None:
         """Everything of the job is gone from the kernel: give its id and its lease back."""
@@ -496,6 +499,6 @@ def _trouble(path: Path, error: Exception) -> AcctdError:
     text = str(error)
     if isinstance(error, PermissionError) or "readonly" in text or "unable to open" in text:
         return NotPermittedError(f"cannot open the ledger {path}: {error}; run as root or set state_dir")
-    if isinstance(error, sqlite3.DatabaseError) and any(word in text for word in ("malformed", "not a database", "closed")):
+    if isinstance(error, sqlite3.DatabaseError) and any(word in text for word in _CORRUPT):
         return LedgerError(f"ledger {path} is corrupt ({error}); acctd serve moves it aside", corrupt=True)
     return LedgerError(f"ledger {path} cannot be used now ({error}); see that the disk is not full")

@@ -233,12 +233,20 @@ class Methods:
         limit = _EVENTS if wanted.limit is None else wanted.limit
         if not 1 <= limit <= _EVENTS:
             raise UsageError(f"limit {limit} is out of range; it takes 1 to {_EVENTS}")
-        events = self._daemon.agent.ledger.events(since=wanted.since or 0, job=wanted.job, limit=limit)
-        may: dict[str | None, bool] = {}
-        for event in events:
-            if event.job not in may:
-                may[event.job] = self.may_see(caller, event)
-        return {"events": [msgspec.to_builtins(event) for event in events if may[event.job]]}
+        found: list[Event] = []
+        since, may = wanted.since, dict[str | None, bool]()
+        while len(found) < limit:
+            page = self._daemon.agent.ledger.events(since=since, job=wanted.job, limit=_EVENTS)
+            for event in page:
+                if event.job not in may:
+                    may[event.job] = self.may_see(caller, event)
+            found += [event for event in page if may[event.job]]
+            if since is None or len(page) < _EVENTS:
+                break
+            since = page[-1].number
+            await asyncio.sleep(0)
+        found = found[-limit:] if wanted.since is None else found[:limit]
+        return {"events": [msgspec.to_builtins(event) for event in found]}
 
     def may_see(self, caller: Caller, event: Event) -> bool:
         """Whether an event is about a job of the caller's."""
@@ -253,7 +261,7 @@ class Methods:
 
     async def _snapshot(self, caller: Caller, _: _Nothing) -> Answer:
         caller.must_be_root("have all jobs read")
-        return {"seconds": await self._daemon.tick()}
+        return {"seconds": await self._daemon.snapshot()}
 
     async def _cost(self, _caller: Caller, _: _Nothing) -> Answer:
         return {"cost": self._daemon.cost.published(len(self._daemon.jobs))}

@@ -13,7 +13,7 @@ import msgspec
 from acctd.agent import Agent
 from acctd.cgroup.driver import JobCgroups, orphans, sweep_sentinels
 from acctd.cgroup.layout import discover
-from acctd.errors import AcctdError
+from acctd.errors import AcctdError, LedgerError
 from acctd.job import Ending, Job, cgroup_name, hold
 from acctd.kernel import procs
 from acctd.ledger import OpenJob, decode_row
@@ -29,12 +29,13 @@ def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Re
     with.
     """
     written: list[Record] = []
+    agent.unrecovered = False
     sweep_sentinels(agent.layout, agent.config.cgroup.base)
     if adopt is not None:
         _reinstate(agent)
     # Families first: an ended one tells its parent what it used before the parent's own record is written.
     for row in reversed(agent.ledger.open_jobs()):
-        if procs.is_alive(row.keeper) and row.boot_id == agent.boot_id:
+        if row.seq in agent.held or (procs.is_alive(row.keeper) and row.boot_id == agent.boot_id):
             continue
         try:
             record = _recover_one(agent, row, adopt)
@@ -42,6 +43,7 @@ def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Re
                 written.append(record)
         except (AcctdError, OSError) as e:
             agent.trouble.append(f"job {row.spec.id}, whose acctd had died: {e}")
+            agent.unrecovered = True
     return written
 
 
@@ -50,7 +52,7 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
     layout = discover(seen.place.controllers)
     if adopt is None and _stays(agent, hold(seen, layout)):
         return None
-    row = agent.ledger.claim(seen, agent.keeper)
+    row = _claimed(agent, seen, adopt)
     if row is None:
         return None  # somebody else deals with it
     # From here on the row as it is now: its keeper may have done more before it died.
@@ -82,6 +84,17 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
             "was found to have ended"
         )
     return agent.finish(job, Ending(at=row.terms.ended_ns))
+
+
+def _claimed(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | None) -> OpenJob | None:
+    """The row as it is now, ours from here on; None if somebody else was first."""
+    try:
+        return agent.ledger.claim(seen, agent.keeper)
+    except LedgerError:
+        # A full disk: one that lives is held all the same, and becomes ours in the ledger when that can be written.
+        if adopt is None or not _stays(agent, hold(seen, discover(seen.place.controllers))):
+            raise
+        return seen
 
 
 def _stays(agent: Agent, job: Job) -> bool:

@@ -12,9 +12,11 @@ import msgspec
 
 from acctd.errors import (
     AcctdError,
+    ConfigError,
     ExhaustedError,
     InUseError,
     KernelRefusedError,
+    LedgerError,
     NotFoundError,
     NotPermittedError,
     UnavailableError,
@@ -106,7 +108,8 @@ method Finish(job: string, exit_code: ?int, exit_signal: ?int) -> (record: objec
 # Read all jobs now, as a tick does.
 method Snapshot() -> (seconds: float)
 
-# What happened, oldest first, from the ledger: after a number, of one job, at most `limit` of them (1000), the newest.
+# What happened, oldest first, from the ledger: the first `limit` events (1000) after a number, or the newest ones; of
+# one job where it is named.
 method Events(since: ?int, job: ?string, limit: ?int) -> (events: []Event)
 
 # With `more`: one reply an event, from now on.
@@ -128,11 +131,15 @@ error InUse (message: string)
 error Exhausted (message: string)
 error Unavailable (message: string)
 error KernelRefused (message: string)
+error LedgerFailed (message: string)
+error ConfigError (message: string)
 error Failed (message: string)
 """
 
 _ERRORS: tuple[tuple[type[AcctdError], str], ...] = (
     (UsageError, "UsageError"),
+    (LedgerError, "LedgerFailed"),
+    (ConfigError, "ConfigError"),
     (NotFoundError, "NotFound"),
     (NotPermittedError, "NotPermitted"),
     (InUseError, "InUse"),

@@ -32,7 +32,7 @@ _RETRY = 0.5  # s between two attempts to reach an agent that went away
     "--limit",
     metavar="N",
     type=click.IntRange(1, ANSWER),
-    help=f"The newest N of them, {ANSWER} at most. [default: 20; with --since {ANSWER}]",
+    help=f"At most N, {ANSWER} at most: the newest, or with --since the first. [default: 20; with --since all]",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @agent_options
@@ -71,14 +71,17 @@ class Log:
         self._path, self._job = path, job
 
     def past(self, since: int | None = None, limit: int | None = None) -> list[Event]:
-        """What the ledger has, the oldest first. Says so where all was wanted and an answer holds no more."""
-        wanted = {"since": since, "job": self._job, "limit": limit}
+        """What the ledger has, the oldest first: all after a number, or the newest."""
+        events: list[Event] = []
         with Client(self._path) as agent:
-            answer = agent.call("Events", **{name: value for name, value in wanted.items() if value is not None})
-        events = [client.event(event) for event in answer["events"]]
-        if limit is None and len(events) == ANSWER:
-            say(f"acctd: these are the newest {ANSWER}; there may be older ones after number {since or 0}")
-        return events
+            while True:
+                wanted = {"since": since, "job": self._job, "limit": limit}
+                answer = agent.call("Events", **{name: value for name, value in wanted.items() if value is not None})
+                page = [client.event(event) for event in answer["events"]]
+                events += page
+                if since is None or limit is not None or len(page) < ANSWER:
+                    return events
+                since = page[-1].number
 
     def follow(self, since: int | None, limit: int | None) -> Iterator[Event]:
         """What the ledger has, then what happens, for ever; each event once.

@@ -29,7 +29,7 @@ _USERDATA_COMMENT = 0  # libnftnl/udata.h: one byte type, one byte length, value
 
 
 class Rule(NamedTuple):
-    """One rule. `counter` is where its bytes and its packets (big-endian u64) stand in the buffer, if any."""
+    """One rule. `counter` is where its bytes and its packets (big-endian u64) stand in its message, if it counts."""
 
     table: str
     chain: str
@@ -62,8 +62,11 @@ class Table(NamedTuple):
     dormant: bool
 
 
-Known = dict[bytes, tuple[Rule, int, int]]
-"""Rules seen before: message less its counter -> rule, places of bytes and packets within the message, 0 for none."""
+Known = dict[bytes, Rule]
+"""Rules seen before, by their messages less the counter."""
+
+Found = tuple[int, Rule]
+"""Where in a dump the message of a rule begins, and the rule."""
 
 
 def incarnation(table: int, rules: Collection[Rule]) -> str:
@@ -77,12 +80,12 @@ def incarnation(table: int, rules: Collection[Rule]) -> str:
     return f"{table:x}.{max(rule.handle for rule in rules):x}.{len(rules):x}.{content:08x}"
 
 
-def parse_rules(buffer: bytes | bytearray, size: int, known: Known | None = None) -> tuple[list[Rule], Known]:
+def parse_rules(buffer: bytes | bytearray, size: int, known: Known | None = None) -> tuple[list[Found], Known]:
     """All rules in a dump of NFT_MSG_NEWRULE messages, in their order. Raises KernelRefusedError on anything else.
 
     `known` is what an earlier call returned: a message that equals one of then but for its counter is not parsed again.
     """
-    rules: list[Rule] = []
+    rules: list[Found] = []
     seen: Known = {}
     known = known or {}
     for kind, flags, start, end in messages(buffer, size):
@@ -97,17 +100,11 @@ def parse_rules(buffer: bytes | bytearray, size: int, known: Known | None = None
             key = bytes(buffer[start + HEADERS : end])
         else:
             key = bytes(buffer[start + HEADERS : cut + 16] + buffer[cut + 36 : end])
-        found = known.get(key)
-        if found is None:
+        rule = known.get(key)
+        if rule is None:
             rule = parse_rule(buffer, start, end)
-            octets, packets = rule.counter or (start, start)
-            found = rule, octets - start, packets - start
-        seen[key] = found
-        rule, octets, packets = found
-        if octets:
-            counter = start + octets, start + packets
-            rule = Rule(rule.table, rule.chain, rule.comment, counter, rule.handle, rule.content)
-        rules.append(rule)
+        seen[key] = rule
+        rules.append((start, rule))
     return rules, seen
 
 
@@ -127,10 +124,11 @@ def parse_rule(buffer: Buffer, start: int, end: int) -> Rule:
             comment = _comment(buffer, first, last)
             content += zlib.crc32(buffer[first:last])
         elif kind == _RULE_EXPRESSIONS:
-            counter = _counter(buffer, first, last)
             expressions = bytearray(buffer[first:last])
-            for place in counter or ():
-                expressions[place - first : place - first + 8] = bytes(8)
+            if b"counter\0" in expressions and (places := _counter(buffer, first, last)):
+                counter = places[0] - start, places[1] - start
+                for place in places:
+                    expressions[place - first : place - first + 8] = bytes(8)
             content += zlib.crc32(expressions)
     return Rule(table, chain, comment, counter, handle, content)
 

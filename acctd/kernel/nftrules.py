@@ -32,6 +32,7 @@ from acctd.kernel.nftmessages import (
     INET,
     NFTABLES,
     Base,
+    Found,
     Generation,
     Known,
     Rule,
@@ -78,31 +79,38 @@ class Layout(Generic[T]):
     `shapes` has every chain with all of its rules. `table` is the handle of the table that they are of.
     """
 
-    def __init__(self, rules: list[Rule], size: int, make: Callable[[int, int], T], table: int) -> None:
+    def __init__(self, rules: list[Found], size: int, make: Callable[[int, int], T], table: int) -> None:
         self.size = size
         self._make = make
-        counted = sorted((rule for rule in rules if rule.counter and rule.comment), key=lambda rule: rule.counter or ())
-        places = sorted(place for rule in counted for place in rule.counter or ())
+        places: list[int] = []
+        # chain -> comment -> places of the (bytes, packets) pairs to add up: a rule a family makes two of most.
+        chains: dict[str, dict[str, list[tuple[int, int]]]] = {}
+        whole: dict[str, list[Rule]] = {}
+        for start, rule in rules:
+            _, chain, comment, counter, _, _ = rule
+            whole.setdefault(chain, []).append(rule)
+            if counter and comment:
+                pair = start + counter[0], start + counter[1]
+                places += pair
+                chains.setdefault(chain, {}).setdefault(comment, []).append(pair)
+        places.sort()
         index = {place: number for number, place in enumerate(places)}
         form, at = [">"], 0
         for place in places:
             form.append(f"{place - at}xQ")
             at = place + 8
         self._values = struct.Struct("".join(form))
-        # chain -> comment -> indices of the (bytes, packets) pairs to add up: a rule a family makes two of most.
-        chains: dict[str, dict[str, list[tuple[int, int]]]] = {}
-        for rule in counted:
-            octets, packets = rule.counter or (0, 0)
-            pairs = chains.setdefault(rule.chain, {}).setdefault(rule.comment, [])
-            pairs.append((index[octets], index[packets]))
         # The same as the loop of `read` wants it: the first pair taken apart, since it is mostly the only one.
         self._chains = [
-            (chain, [(comment, *first, more) for comment, (first, *more) in comments.items()])
+            (
+                chain,
+                [
+                    (comment, index[first[0]], index[first[1]], [(index[k], index[m]) for k, m in more])
+                    for comment, (first, *more) in comments.items()
+                ],
+            )
             for chain, comments in chains.items()
         ]
-        whole: dict[str, list[Rule]] = {}
-        for rule in rules:
-            whole.setdefault(rule.chain, []).append(rule)
         self.shapes = {
             chain: Shape(tuple([rule.comment for rule in of_chain]), incarnation(table, of_chain))
             for chain, of_chain in whole.items()
@@ -158,6 +166,13 @@ class TableReader(Generic[T]):
         self._layout = layout if dump.uniform == generation & 0xFFFF else None
         self._layout_generation = generation
         return layout.read(dump.buffer), layout.shapes
+
+    def shapes(self) -> dict[str, Shape]:
+        """Each chain's shape; from memory, if nothing has changed since read()."""
+        layout = self._layout
+        if layout is None or self.generation().number != self._layout_generation:
+            return self.read()[1]
+        return layout.shapes
 
     def read_chain(self, chain: str) -> tuple[dict[str, T], Shape] | None:
         """Comment -> count of one chain alone, and its shape; None if it is gone or has no rules.

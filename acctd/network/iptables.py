@@ -209,27 +209,35 @@ def _add(plans: Sequence[ChainPlan], makings: dict[str, int], edit: Edit) -> set
     """Rules for the chains that have a making. The chains that were not there before."""
     family = edit.family
     new = {plan.chain for plan in plans if not edit.has(plan.chain)}
-    tidied: set[str] = set()
     for plan in plans:
         _forget(edit, plan)
+    there: dict[str, set[tuple[bytes, str]]] = {}
+    for plan in plans:
         if plan.chain in makings:
             edit.fill(plan.chain, xtplan.rules(family, plan, makings[plan.chain]))
-        for way in xtplan.ways(family, plan):
-            for step in way:
-                if step.chain not in tidied:
-                    tidied.add(step.chain)
-                    edit.ensure(step.chain)
-                    edit.drop(step.chain, partial(_is_strange, family, step.chain))
+        for step in itertools.chain(*xtplan.ways(family, plan)):
+            if step.chain not in there:
+                there[step.chain] = _tidied(edit, step.chain)
+            rule = xtrules.head(family, step.rule), step.target
+            if rule not in there[step.chain]:
                 if step.target.startswith(xtplan.OURS):
                     edit.ensure(step.target)
-                if not edit.holds(step.chain, step.rule, step.target):
-                    edit.append(step.chain, step.rule)
+                edit.append(step.chain, step.rule)
+                there[step.chain].add(rule)
     _call(edit, "FORWARD", xtplan.FORWARD, xtplan.forward(family))
     return new
 
 
-def _is_strange(family: Family, chain: str, head: bytes, target: str) -> bool:
-    return not xtplan.is_of_tree(family, chain, head, target)
+def _tidied(edit: Edit, chain: str) -> set[tuple[bytes, str]]:
+    """The rules of a chain of the tree, by head and target, after all that do not belong there were dropped."""
+    if edit.ensure(chain):
+        return set()
+    family = edit.family
+    rules = {(xtrules.head(family, head), target) for head, target in edit.rules(chain)}
+    strange = {rule for rule in rules if not xtplan.is_of_tree(family, chain, *rule)}
+    if strange:
+        edit.drop(chain, lambda head, target: (xtrules.head(family, head), target) in strange)
+    return rules - strange
 
 
 def _remove(plan: ChainPlan, edit: Edit) -> bool:

@@ -64,7 +64,7 @@ class Nftables:
 
         def look() -> list[Command]:
             anew.clear()
-            anew.update(_misshapen(plans, self._reader.read()[1]))
+            anew.update(_misshapen(plans, self._reader.shapes()))
             return self._addition(plans, anew)
 
         self._change(plans, look)
@@ -106,8 +106,7 @@ class Nftables:
         generation = self._begin()
         if generation == self._sound_at and all(self._sound.get(plan.chain) == plan for plan in plans):
             return set()
-        _, shapes = self._reader.read()
-        found = _misshapen(plans, shapes)
+        found = _misshapen(plans, self._reader.shapes())
         if not self._base_is_whole():
             found = {plan.chain for plan in plans}
         for ways in map(self._reader.verdicts, MAPS):

@@ -108,7 +108,7 @@ class Checker:
     def _calls(self, seen: _Rules, chain: str, rules: Rules) -> bool:
         """Whether the hook calls our chain before all else, and the chain has these rules and no others."""
         jump = xtrules.entry(self._family, xtrules.verdict(chain))
-        return seen.first == (_head(self._family, jump), chain) and seen.ours.get(chain) == rules
+        return seen.first == (xtrules.head(self._family, jump), chain) and seen.ours.get(chain) == rules
 
     def _find_reached(self, seen: _Rules, plans: Collection[ChainPlan]) -> dict[str, ChainPlan]:
         family = self._family
@@ -122,7 +122,8 @@ class Checker:
             plan.chain: plan
             for plan in plans
             if all(
-                step.chain not in strange and first.get(step.chain, {}).get(_head(family, step.rule)) == step.target
+                step.chain not in strange
+                and first.get(step.chain, {}).get(xtrules.head(family, step.rule)) == step.target
                 for way in xtplan.ways(family, plan)
                 for step in way
             )
@@ -195,8 +196,4 @@ def _target(raw: bytes) -> tuple[str, bytes]:
 
 
 def _rules(family: Family, steps: list[xtplan.Step]) -> Rules:
-    return [(_head(family, step.rule), step.target) for step in steps]
-
-
-def _head(family: Family, rule: bytes) -> bytes:
-    return rule[: family.offsets_at + 4]
+    return [(xtrules.head(family, step.rule), step.target) for step in steps]

@@ -91,7 +91,12 @@ def entry(
 
 def same(family: Family, one: bytes, other: bytes) -> bool:
     """Whether two entries' heads ask for the same packets: addresses, interfaces, flags, and the sizes that follow."""
-    return one[: family.offsets_at + 4] == other[: family.offsets_at + 4]
+    return head(family, one) == head(family, other)
+
+
+def head(family: Family, rule: bytes) -> bytes:
+    """What an entry asks for, and its sizes: all of it before the kernel's own marks and the counters."""
+    return rule[: family.offsets_at + 4]
 
 
 def interfaces(family: Family, head: bytes) -> tuple[str, str]:

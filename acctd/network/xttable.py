@@ -94,10 +94,6 @@ class Edit:
             if not self._table._iptc.iptc_delete_num_entry(chain.encode(), position, self._table._handle):
                 raise self._iptc.IPTCError(f"can't delete rule {position} of {chain}: {self._table.strerror()}")
 
-    def holds(self, chain: str, rule: bytes, target: str) -> bool:
-        """Whether the chain has this rule, by head and target's name."""
-        return any(name == target and xtrules.same(self.family, head, rule) for head, name in self.rules(chain))
-
     def put_first(self, chain: str, target: str) -> None:
         """Make `-j target` the chain's first rule and its only jump there."""
         rule = xtrules.entry(self.family, xtrules.verdict(target))

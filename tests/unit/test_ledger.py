@@ -89,7 +89,7 @@ def test_phases_and_accounts_survive_a_restart(path):
         before.made(row.seq)
         assert before.open_jobs()[0].phase == "made"
         before.begin(row.seq, 99)
-        before.store([(row.seq, account)], 500)
+        before.store([(row.seq, account)], row.keeper, 500)
         before.set_terms(row.seq, terms)
     with Ledger(path) as after:
         (found,) = after.open_jobs()
@@ -133,6 +133,7 @@ def test_events_are_numbered_and_found_again(ledger):
     assert [event.number for event in made] == [1, 2, 3, 4]
     assert ledger.events() == made
     assert ledger.events(since=2) == made[2:]
+    assert ledger.events(since=1, limit=1) == made[1:2]
     assert ledger.events(job="a") == [made[0], made[3]]
     assert ledger.events(limit=1) == made[3:]
 
