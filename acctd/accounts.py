@@ -21,7 +21,7 @@ def named(user: str) -> Account:
     """A user by name or number. Raises NotFoundError."""
     try:
         entry = pwd.getpwuid(int(user)) if user.isascii() and user.isdecimal() else pwd.getpwnam(user)
-    except (KeyError, OverflowError):
+    except (KeyError, OverflowError, ValueError):
         raise NotFoundError(f"user {user!r} does not exist on this host; name one that does") from None
     environment = {"HOME": entry.pw_dir, "SHELL": entry.pw_shell, "USER": entry.pw_name, "LOGNAME": entry.pw_name}
     groups = os.getgrouplist(entry.pw_name, entry.pw_gid)

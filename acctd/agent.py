@@ -20,13 +20,14 @@ from acctd.config import Config
 from acctd.errors import AcctdError, InUseError, KernelRefusedError, LedgerError, NotPermittedError
 from acctd.job import NETWORK_NAMES, Ending, Job, boottime, hold, listed
 from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
-from acctd.ledger import FILE, Ledger, Phase, Place, Terms, encode_row, move_aside
+from acctd.ledger import FILE, Ledger, move_aside
 from acctd.meter import add
 from acctd.metrics import BLOCK, CPU_SYSTEM, CPU_USER
 from acctd.model import JobSpec, Record, chain_name
 from acctd.network import host, pipe, pool
 from acctd.network.backend import Chains, Pools, Sample
 from acctd.network.probe import choose
+from acctd.rows import Phase, Place, Terms, encode_row
 from collectors.blkio import BlkioReader
 from collectors.cpu import CpuReader
 from collectors.memory import MemoryReader
@@ -141,7 +142,11 @@ class Agent:
         if survivors := job.cgroups.kill():
             raise KernelRefusedError(f"processes {listed(survivors)} of job {job.spec.id} do not die on SIGKILL")
         self.take_pipe(job)
-        self.dismantle(job)
+        try:
+            self.dismantle(job)
+        except LedgerError:
+            self.leftovers.append(job)
+            raise
 
     # Reading
 
@@ -204,6 +209,8 @@ class Agent:
     def _open_ledger(self, *, lasting: bool) -> Ledger:
         path = self.config.state_dir / FILE
         try:
+            if lasting and path.is_dir():
+                raise LedgerError(f"ledger {path} is a directory", corrupt=True)
             ledger = Ledger(path)
             if lasting:
                 ledger.check()
@@ -212,14 +219,20 @@ class Agent:
                 raise
             aside = move_aside(path)
             self.trouble.append(f"{e}; it is now {aside}, and jobs are found again by what stands on their cgroups")
-            return Ledger(path)
+            ledger = Ledger(path)
+            ledger.begin_numbers_anew()
         return ledger
 
     def begin_ledger_anew(self) -> Path:
-        """Move a corrupt ledger aside and write the jobs that are held into a new one; where the old one is now."""
+        """Move a corrupt ledger aside and write the jobs that are held into a new one; where the old one is now.
+
+        Raises LedgerError if there can be no new one now, and goes on with the old.
+        """
+        aside = move_aside(self.ledger.path)
+        fresh = Ledger(self.ledger.path)
+        fresh.begin_numbers_anew()
         self.ledger.close()
-        aside = move_aside(self.config.state_dir / FILE)
-        self.ledger = Ledger(self.config.state_dir / FILE)
+        self.ledger = fresh
         seqs: dict[int, int] = {}
         for seq, job in sorted(self.held.items()):
             parent = seqs.get(job.row.parent) if job.row.parent is not None else None
@@ -229,6 +242,18 @@ class Agent:
             seqs[seq] = job.row.seq
         self.held = {job.row.seq: job for job in self.held.values()}
         return aside
+
+    def restore_ledger(self) -> Path | None:
+        """Write the ledger again that was taken away while it was open; where that is which lies in its place now."""
+        path = self.ledger.path
+        new = path.with_name(f"{path.name}.new")
+        new.unlink(missing_ok=True)
+        self.ledger.copy_to(new)
+        aside = move_aside(path)
+        self.ledger.close()
+        new.rename(path)
+        self.ledger = Ledger(path)
+        return aside if aside.exists() else None
 
     def mend(self, jobs: Iterable[Job]) -> list[tuple[Job, str]]:
         """Mend the chains that other programs have damaged; the jobs, and what befell each. See mending.py."""

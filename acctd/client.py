@@ -73,6 +73,7 @@ class Event(msgspec.Struct, frozen=True):
     number: int
     time: float  # s since the epoch, a label
     job: str | None
+    uid: int | None  # of the job's owner
     event: str
     text: str
 

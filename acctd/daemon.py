@@ -19,12 +19,12 @@ from acctd.cost import Cost
 from acctd.errors import AcctdError, InUseError, NotFoundError, UsageError
 from acctd.job import Ending, Job, boottime
 from acctd.kernel import nfevents, procs
-from acctd.ledger import Rule, Terms
 from acctd.model import JobSpec, Record
 from acctd.network import resolver
 from acctd.network.backend import Chains, Count, Sample
 from acctd.news import News
-from acctd.recovery import recover
+from acctd.recovery import recover, unaccounted
+from acctd.rows import Rule, Terms
 from acctd.sentry import Sentry
 from acctd.vigil import Vigil
 
@@ -55,6 +55,8 @@ class Daemon:
 
         Call it inside the running event loop.
         """
+        for said in unaccounted(self.agent):
+            self.news.tell(None, "unaccounted", f"started without an agent: {said}")
         self._take_over()
         self._guard(self.jobs.values())
         self._mend(self.jobs.values())
@@ -65,7 +67,7 @@ class Daemon:
         before = set(self.jobs)
         for record in recover(self.agent, adopt=self._adopt):
             notes = f"; {' '.join(record.notes)}" if record.notes else ""
-            self.news.tell(record.id, "finished", f"recovered; {record.state}{notes}")
+            self.news.tell(record, "finished", f"recovered; {record.state}{notes}")
         self._report()
         for job in [job for name, job in self.jobs.items() if name not in before]:
             self._keep_watch(job)
@@ -104,7 +106,7 @@ class Daemon:
 
     def _adopt(self, job: Job) -> None:
         self.jobs[job.spec.id] = job
-        self.news.tell(job.spec.id, "adopted", "held again after a restart; the kernel went on counting")
+        self.news.tell(job, "adopted", "held again after a restart; the kernel went on counting")
 
     # Jobs
 
@@ -127,18 +129,23 @@ class Daemon:
         self._guard([job])
         self._relay(job)
         inside = f" inside {spec.parent}" if spec.parent is not None else ""
-        self.news.tell(spec.id, "created", f"for {spec.owner.name}{inside}, network {spec.network}")
+        self.news.tell(job, "created", f"for {spec.owner.name}{inside}, network {spec.network}")
         return job
 
-    def register(self, spec: JobSpec, pid: int, terms: Terms) -> Job:
-        """Take a running process and its descendants as a new family: both made and entered, or neither."""
+    def register(self, spec: JobSpec, pid: int, terms: Terms, uid: int | None) -> Job:
+        """Take a running process and its descendants as a new family: both made and entered, or neither.
+
+        Of the descendants only those that are in the same job as the process itself, and a user's if one is named.
+        """
+        place = self.job_of(pid)
         job = self.create(spec, terms)
         try:
             self.attach(job, pid)
             # Whoever is forked meanwhile by one that is not yet inside is found in the next round.
             inside = job.cgroups.living()
             while new := {other for other in procs.descendants(pid) if other not in inside}:
-                self._take_in(job, new)
+                theirs = {other for other in new if uid is None or procs.owner(other) == uid}
+                self._take_in(job, {other for other in theirs if self.job_of(other) is place})
                 inside |= new
         except BaseException:
             self._let_out(job)
@@ -177,7 +184,7 @@ class Daemon:
             self._set_terms(job, replace(job.row.terms, member=member, ended_ns=None))
             self._watch_member(job)
         if first:
-            self.news.tell(job.spec.id, "began", f"pid {pid}")
+            self.news.tell(job, "began", f"pid {pid}")
 
     def track(self, job: Job, rule: Rule) -> set[int]:
         """Take the processes that a rule names, now and at every tick; those found now."""
@@ -243,8 +250,7 @@ class Daemon:
             raise UsageError(f"job {job.spec.id!r} runs already; its pipe can be moved once, before that")
         self.agent.move_pipe(job, pid, uid)
         self._relay(job)
-        job.row = replace(job.row, terms=replace(job.row.terms, moved=True))
-        self.agent.ledger.set_terms(job.row.seq, job.row.terms)
+        self._set_terms(job, replace(job.row.terms, moved=True))
 
     def job_of(self, pid: int) -> Job | None:
         """The job that a process is in; of nested ones the innermost."""
@@ -305,9 +311,9 @@ class Daemon:
         record = self.agent.last_reading(job, ending, patience=0.0)  # kill() has had it, without blocking others
         self._forget(job)
         if self.books.sign_off(job, record):
-            self.news.tell(record.id, "finished", f"{record.state}, wall {record.wall_ns / 1e9:.3f} s")
+            self.news.tell(record, "finished", f"{record.state}, wall {record.wall_ns / 1e9:.3f} s")
         else:
-            self.news.tell(record.id, "waiting", "finished, but its record cannot be written yet")
+            self.news.tell(record, "waiting", "finished, but its record cannot be written yet")
         self._report()
         return record
 
@@ -320,7 +326,7 @@ class Daemon:
         """The newest record of an id, also one that waits to be written. Raises NotFoundError."""
         if name in self.books.unsigned:
             return self.books.unsigned[name][1]
-        return self.agent.ledger.record(name)
+        return self.books.read(lambda: self.agent.ledger.record(name))
 
     # Who is watched
 
@@ -347,7 +353,7 @@ class Daemon:
             self._watch_member(job)
         else:
             self._set_terms(job, replace(job.row.terms, ended_ns=boottime()))
-            self.news.tell(job.spec.id, "ended", "its last process has ended")
+            self.news.tell(job, "ended", "its last process has ended")
 
     def _set_terms(self, job: Job, terms: Terms) -> None:
         job.row = replace(job.row, terms=terms)
@@ -356,7 +362,7 @@ class Daemon:
     async def _watcher_ended(self, job: Job) -> None:
         """Nobody will finish it: its processes go to its parent, or it is finished once it has none, see each tick."""
         if self.jobs.get(job.spec.id) is job:
-            self.news.tell(job.spec.id, "abandoned", "its watcher has ended")
+            self.news.tell(job, "abandoned", "its watcher has ended")
             await self._give_up(job)
 
     async def _give_up(self, job: Job) -> None:
@@ -441,7 +447,7 @@ class Daemon:
             if job.row.terms.watcher is not None and not procs.is_alive(job.row.terms.watcher):
                 await self._give_up(job)
         for record in self.books.catch_up():
-            self.news.tell(record.id, "finished", f"{record.state}; its record could be written now")
+            self.news.tell(record, "finished", f"{record.state}; its record could be written now")
         self.agent.clear_up()
         if self.agent.unrecovered:
             self._take_over()
@@ -455,7 +461,7 @@ class Daemon:
             return
         self.books.store(job for job, _ in mended)
         for job, sentence in mended:
-            self.news.tell(job.spec.id, "mended", sentence)
+            self.news.tell(job, "mended", sentence)
 
     def _guard(self, jobs: Iterable[Job]) -> None:
         """Hear soon of what other programs do to the chains of these jobs."""
@@ -488,4 +494,4 @@ class Daemon:
         try:
             yield
         except (AcctdError, OSError) as e:
-            self.news.trouble(job.spec.id, e)
+            self.news.trouble(job, e)

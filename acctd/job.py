@@ -8,12 +8,12 @@ from ipaddress import IPv4Network, IPv6Network
 from acctd.cgroup.driver import JobCgroups
 from acctd.cgroup.layout import Layout
 from acctd.kernel import procs
-from acctd.ledger import Account, OpenJob, Place
 from acctd.meter import Meter, State
 from acctd.metrics import NETWORK_BYTES, NETWORK_PACKETS, Readings
 from acctd.model import JobSpec, chain_name
 from acctd.network import pool
 from acctd.network.backend import ChainPlan, Counts, Pools, Sample
+from acctd.rows import Account, OpenJob, Place
 from collectors.blkio import BlkioReader
 from collectors.cpu import CpuReader
 from collectors.memory import MemoryReader

@@ -1,9 +1,8 @@
 """The ledger: one SQLite file with the open jobs, their leases and totals, and the records of the closed ones.
 
 Intent is written here before the kernel is changed. A record is signed off by a digest over itself and its predecessor,
-so that a changed one shows, and a missing one unless
-it is the newest. Stores and finds; decides nothing, but passes an ended family's counts on to its parent in the same
-transaction as its record. Several acctd processes may have it open.
+so that a changed one shows, and a missing one unless it is the newest. Stores and finds; decides nothing, but passes an
+ended family's counts on to its parent in the same transaction as its record. Several acctd processes may have it open.
 """
 
 import hashlib
@@ -11,10 +10,10 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Self
 
 import msgspec
 
@@ -26,9 +25,11 @@ from acctd.errors import (
     LedgerError,
     NotFoundError,
     NotPermittedError,
+    UsageError,
 )
-from acctd.meter import Meter, State, Stored, add
-from acctd.model import JobSpec, Limits, Owner, Record, chain_name, parse_class
+from acctd.meter import Meter, State, add
+from acctd.model import JobSpec, Record, chain_name
+from acctd.rows import Account, Event, OpenJob, Place, Terms, decode_columns
 
 SCHEMA = 2
 FILE = "ledger.sqlite"
@@ -36,10 +37,6 @@ FILE = "ledger.sqlite"
 
 EVENTS_KEPT = 100_000
 """Older events go: some 20 MB, and months on an ordinary node."""
-
-Phase = Literal["making", "made", "running", "closed"]
-"""making: kernel objects may be half there. made: all there, and the agent waits for somebody to enter. running: the
-command has been started. closed: record written, objects not yet all removed."""
 
 _TABLES = """
 CREATE TABLE job (
@@ -73,6 +70,7 @@ CREATE TABLE event (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     time REAL NOT NULL,            -- s since the epoch, a label
     job TEXT,                      -- NULL: the agent itself
+    uid INTEGER,                   -- of the job's owner
     event TEXT NOT NULL,
     text TEXT NOT NULL
 );
@@ -87,79 +85,6 @@ _COLUMNS = "phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper
 """What a row of the table job says of an OpenJob beside its seq, in the order of the fields."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a job's kernel objects are, as configured when it was made; a later configuration may say otherwise."""
-
-    base: str  # cgroup.base
-    backend: str | None = None  # which netfilter back end made the chain, None without a pipe
-    pool4: str = ""  # networks in which the slot's addresses lie
-    pool6: str = ""  # "" without IPv6
-    controllers: tuple[str, ...] = ()  # cgroup.controllers
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """Which processes a job takes beside those put into it: one of the three."""
-
-    environment: str | None = None  # NAME=VALUE
-    login: str | None = None
-    group: int | None = None  # a supplementary group's gid
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """On what terms the agent holds a job; condor_procd's words. Processes are named by procs.identity."""
-
-    watcher: str | None = None  # the job is given up when this process ends
-    interval: float | None = None  # s; read at least so often
-    rules: tuple[Rule, ...] = ()
-    member: str | None = None  # a process of the job that is waited for
-    ended_ns: int | None = None  # CLOCK_BOOTTIME when the job was seen to have no process any more
-    moved: bool = False  # the pipe leads into a namespace of the owner's own, see pipe.move
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """What is known of a job's use so far."""
-
-    meter: Stored = field(default_factory=Stored)
-    incarnation: str | None = None  # of its chain, as of the last reading
-    notes: tuple[str, ...] = ()
-    stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
-    families: State = field(default_factory=dict)  # what ended families inside it counted on chains of their own
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened to a job, or to the agent itself where job is None."""
-
-    number: int
-    time: float  # s since the epoch, a label
-    job: str | None
-    event: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class OpenJob:
-    """One row of the open jobs."""
-
-    seq: int
-    phase: Phase
-    slot: int | None
-    place: Place
-    spec: JobSpec
-    created: float
-    boot_id: str
-    boot_ns: int
-    seen_ns: int
-    keeper: str
-    account: Account = field(default_factory=Account)
-    parent: int | None = None
-    terms: Terms = field(default_factory=Terms)
-
-
 class Ledger:
     """The open file. Use as a context manager."""
 
@@ -169,6 +94,8 @@ class Ledger:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
             os.chmod(path, 0o600)
+            found = os.stat(path)
+            self._file = found.st_dev, found.st_ino
             self._db.execute("PRAGMA journal_mode = WAL")
             self._migrate()
             # NORMAL: a commit survives kill -9, and a power cut takes the jobs themselves along. Records use FULL.
@@ -190,6 +117,30 @@ class Ledger:
         """Read the whole file. Raises LedgerError if it is corrupt."""
         if (found := self._rows("PRAGMA quick_check(1)")) != [("ok",)]:
             raise LedgerError(f"ledger {self.path} is corrupt ({found[0][0]})", corrupt=True)
+        self.open_jobs()
+
+    def is_there(self) -> bool:
+        """Whether the file that is open is still the one of its name, and not empty."""
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return (found.st_dev, found.st_ino) == self._file and found.st_size > 0
+
+    def copy_to(self, path: Path) -> None:
+        """Write all that this ledger has into a new file. Raises LedgerError."""
+        try:
+            with closing(sqlite3.connect(path)) as new:
+                self._db.backup(new)
+        except sqlite3.Error as e:
+            raise _trouble(path, e) from e
+
+    def begin_numbers_anew(self) -> None:
+        """Let a new ledger give numbers that the one before has not given: times grow faster than they are used."""
+        now = int(time.time())
+        with self._writing() as db:
+            db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('event', ?), ('job', ?)", (now, now))
+            db.execute("INSERT INTO meta VALUES ('last_id', ?)", (str(now),))
 
     def open_job(
         self,
@@ -322,23 +273,23 @@ class Ledger:
             body = msgspec.json.encode(replace(account, meter=meter.stored(), families=families))
             self._db.execute("UPDATE job SET account = ? WHERE seq = ?", (body, row[0]))
 
-    def add_event(self, job: str | None, event: str, text: str) -> Event:
-        """Keep an event; gives it with its number and time."""
-        now = time.time()
+    def add_event(self, event: Event) -> Event:
+        """Keep an event; gives it with its number."""
         with self._writing() as db:
             number = db.execute(
-                "INSERT INTO event (time, job, event, text) VALUES (?, ?, ?, ?)", (now, job, event, text)
+                "INSERT INTO event (time, job, uid, event, text) VALUES (?, ?, ?, ?, ?)",
+                (event.time, event.job, event.uid, event.event, event.text),
             ).lastrowid
             if number and number % 1000 == 0:
                 db.execute("DELETE FROM event WHERE number <= ?", (number - EVENTS_KEPT,))
-        return Event(number or 0, now, job, event, text)
+        return replace(event, number=number or 0)
 
     def events(self, *, since: int | None = None, job: str | None = None, limit: int = 1000) -> list[Event]:
         """The first events after a number, or the newest ones; of one job where one is named. Oldest first."""
         which, values = ("AND job = ?", (job,)) if job is not None else ("", ())
         order = "DESC" if since is None else "ASC"
         rows = self._rows(
-            f"SELECT number, time, job, event, text FROM event WHERE number > ? {which} "  # noqa: S608  # our own words
+            f"SELECT number, time, job, uid, event, text FROM event WHERE number > ? {which} "  # noqa: S608  # our own words
             f"ORDER BY number {order} LIMIT ?",
             *(since or 0, *values, limit),
         )
@@ -356,7 +307,7 @@ class Ledger:
         rows = self._rows(f"SELECT seq, {_COLUMNS} FROM job {clause}", *values)  # noqa: S608  # our own words
         seen = self._row("SELECT value FROM meta WHERE key = 'seen'")
         keeper, _, at = seen[0].partition(" ") if seen else ("", "", "0")
-        jobs = [_open_job(row) for row in rows]
+        jobs = [_open_job(self.path, row) for row in rows]
         return [replace(job, seen_ns=max(job.seen_ns, int(at))) if job.keeper == keeper else job for job in jobs]
 
     def leases_beside(self, job: OpenJob) -> list[Place]:
@@ -442,44 +393,11 @@ class Ledger:
         return rows[0] if rows else None
 
 
-def encode_row(row: OpenJob) -> bytes:
-    """A row in one piece, for a place outside the ledger."""
-    return msgspec.json.encode(row, enc_hook=str)
-
-
-def decode_row(text: bytes) -> OpenJob:
-    """The reverse. Raises MsgspecError, KeyError, TypeError or UsageError for what encode_row did not write."""
-    raw = msgspec.json.decode(text)
-    kinds: dict[str, Any] = {"place": Place, "account": Account, "terms": Terms}
-    return OpenJob(
-        **{name: msgspec.convert(value, kinds[name]) for name, value in raw.items() if name in kinds},
-        **{name: value for name, value in raw.items() if name not in kinds and name != "spec"},
-        spec=_spec(raw["spec"]),
-    )
-
-
-def _open_job(row: tuple) -> OpenJob:  # type: ignore[type-arg]  # seq and _COLUMNS
-    seq, phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, account, parent, terms = row
-    return OpenJob(
-        *(seq, phase, slot, msgspec.json.decode(place, type=Place), _spec(msgspec.json.decode(spec))),
-        *(created, boot_id, boot_ns, seen_ns, keeper),
-        account=msgspec.json.decode(account, type=Account),
-        parent=parent,
-        terms=msgspec.json.decode(terms, type=Terms),
-    )
-
-
-def _spec(raw: dict[str, Any]) -> JobSpec:
-    """A JobSpec whose networks were written as text."""
-    return JobSpec(
-        id=raw["id"],
-        owner=Owner(**raw["owner"]),
-        limits=Limits(**raw["limits"]),
-        network=raw["network"],
-        classes=tuple(parse_class(cls["name"], cls["networks"]) for cls in raw["classes"]),
-        tags=raw["tags"],
-        parent=raw.get("parent"),
-    )
+def _open_job(path: Path, row: tuple) -> OpenJob:  # type: ignore[type-arg]  # seq and _COLUMNS
+    try:
+        return decode_columns(row)
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError, ValueError, UsageError) as e:
+        raise LedgerError(f"ledger {path} is corrupt (open job {row[0]}: {e})", corrupt=True) from e
 
 
 def _digest(previous: str, body: bytes) -> str:

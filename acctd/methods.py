@@ -7,6 +7,7 @@ that is not as declared is refused by its name before anything happens.
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, cast, get_args
 
 import msgspec
@@ -18,8 +19,8 @@ from acctd.daemon import Daemon
 from acctd.errors import NotFoundError, NotPermittedError, UsageError
 from acctd.job import Ending, Job
 from acctd.kernel import procs
-from acctd.ledger import Event, Rule, Terms
-from acctd.model import JobSpec, Limits, NetworkMode, Record, parse_class
+from acctd.model import INT64_MAX, JobSpec, Limits, NetworkMode, Record, parse_class
+from acctd.rows import Event, Rule, Terms
 from exporters.classad import format_ad, record_ad
 
 _EVENTS = 1000  # in one answer
@@ -163,11 +164,15 @@ class Methods:
             tags=wanted.tags or {},
             parent=wanted.parent,
         )
-        job = self._daemon.register(spec, pid, _terms(wanted.watcher, wanted.interval))
+        job = self._daemon.register(spec, pid, _terms(wanted.watcher, wanted.interval), caller.uid or None)
         return {"job": spec.id, "cgroups": [str(directory.path) for _, directory in job.cgroups.all()]}
 
     async def _track(self, caller: Caller, wanted: _Track) -> Answer:
         job = self._own(caller, wanted.job)
+        if self._daemon.job_of(caller.pid) is job:
+            raise NotPermittedError(
+                f"you are inside job {job.spec.id!r}, which takes nothing from outside; name a family"
+            )
         if caller.uid != 0 and wanted.login is not None and accounts.named(wanted.login).owner.uid != caller.uid:
             raise NotPermittedError(f"login {wanted.login!r} is not yours (uid {caller.uid}); name your own")
         rule = Rule(wanted.environment, wanted.login, wanted.group)
@@ -205,6 +210,10 @@ class Methods:
         job = self._own(caller, wanted.job)
         pid = caller.pid if wanted.pid is None else wanted.pid
         self._may_take(caller, pid, job)
+        if caller.uid != 0 and not self._is_counted(pid, job):
+            raise NotPermittedError(
+                f"pid {pid} is not in the network of job {job.spec.id!r}, where it would be counted; start it by exec"
+            )
         self._daemon.attach(job, pid)
         return {}
 
@@ -234,13 +243,13 @@ class Methods:
         if not 1 <= limit <= _EVENTS:
             raise UsageError(f"limit {limit} is out of range; it takes 1 to {_EVENTS}")
         found: list[Event] = []
-        since, may = wanted.since, dict[str | None, bool]()
+        since = wanted.since
+        if since is not None and not 0 <= since <= INT64_MAX:
+            raise UsageError(f"since {since} is out of range; it takes 0 to {INT64_MAX}")
+        ledger = self._daemon.agent.ledger
         while len(found) < limit:
-            page = self._daemon.agent.ledger.events(since=since, job=wanted.job, limit=_EVENTS)
-            for event in page:
-                if event.job not in may:
-                    may[event.job] = self.may_see(caller, event)
-            found += [event for event in page if may[event.job]]
+            page = self._daemon.books.read(partial(ledger.events, since=since, job=wanted.job, limit=_EVENTS))
+            found += [event for event in page if self.may_see(caller, event)]
             if since is None or len(page) < _EVENTS:
                 break
             since = page[-1].number
@@ -249,15 +258,8 @@ class Methods:
         return {"events": [msgspec.to_builtins(event) for event in found]}
 
     def may_see(self, caller: Caller, event: Event) -> bool:
-        """Whether an event is about a job of the caller's."""
-        if caller.uid == 0 or event.job is None:
-            return caller.uid == 0
-        if (job := self._daemon.jobs.get(event.job)) is not None:
-            return caller.owns(job)
-        try:
-            return self._daemon.record(event.job).uid == caller.uid
-        except NotFoundError:
-            return False
+        """Whether an event is about a job of the caller's; root sees those of the agent, too."""
+        return caller.uid in (0, event.uid)
 
     async def _snapshot(self, caller: Caller, _: _Nothing) -> Answer:
         caller.must_be_root("have all jobs read")
@@ -275,18 +277,21 @@ class Methods:
         return {"pids": sorted(job.cgroups.signal(wanted.signal))}
 
     async def _suspend(self, caller: Caller, wanted: _OfJob) -> Answer:
-        self._own(caller, wanted.job).cgroups.freeze()
-        self._daemon.news.tell(wanted.job, "suspended", f"by uid {caller.uid}")
+        job = self._own(caller, wanted.job)
+        job.cgroups.freeze()
+        self._daemon.news.tell(job, "suspended", f"by uid {caller.uid}")
         return {}
 
     async def _continue(self, caller: Caller, wanted: _OfJob) -> Answer:
-        self._own(caller, wanted.job).cgroups.thaw()
-        self._daemon.news.tell(wanted.job, "continued", f"by uid {caller.uid}")
+        job = self._own(caller, wanted.job)
+        job.cgroups.thaw()
+        self._daemon.news.tell(job, "continued", f"by uid {caller.uid}")
         return {}
 
     async def _kill(self, caller: Caller, wanted: _OfJob) -> Answer:
-        survivors = await self._daemon.kill(self._own(caller, wanted.job))
-        self._daemon.news.tell(wanted.job, "killed", f"by uid {caller.uid}")
+        job = self._own(caller, wanted.job)
+        survivors = await self._daemon.kill(job)
+        self._daemon.news.tell(job, "killed", f"by uid {caller.uid}")
         return {"survivors": sorted(survivors)}
 
     async def _finish(self, caller: Caller, wanted: _Finish) -> Answer:
@@ -365,6 +370,12 @@ class Methods:
         own = self._daemon.job_of(caller.pid)
         if own is not None and (now is None or not family.is_inside(now, own)):
             raise NotPermittedError(f"pid {pid} is not inside job {own.spec.id!r} as you are; name one that is")
+
+    def _is_counted(self, pid: int, job: Job) -> bool:
+        """Whether a process is in the network that counts for a job, where it has one."""
+        place = self._daemon.network_of(job)
+        netns = self._netns(place) if place is not None else None
+        return netns is None or procs.network(pid) == procs.network_at(netns)
 
     def _netns(self, job: Job) -> str | None:
         return str(self._daemon.agent.netns(job)) if job.spec.network in ("nat", "none") else None

@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator
 
 from acctd.books import Books
 from acctd.cost import Cost
-from acctd.ledger import Event
+from acctd.job import Job
+from acctd.model import Record
+from acctd.rows import Event
 
 _WAITING = 1000  # events per watcher; one that does not read misses the oldest
 _REMEMBERED = 1000  # different troubles
@@ -22,19 +24,20 @@ class News:
         self._watchers: set[asyncio.Queue[Event]] = set()
         self._told: set[tuple[str | None, str]] = set()
 
-    def tell(self, job: str | None, event: str, text: str) -> None:
+    def tell(self, about: Job | Record | None, event: str, text: str) -> None:
         """Something happened to a job, or to the agent itself."""
-        log.info("%s%s: %s", f"job {job} " if job else "", event, text)
-        news = self._books.event(job, event, text)
+        name, uid = _whose(about)
+        log.info("%s%s: %s", f"job {name} " if name else "", event, text)
+        news = self._books.event(name, uid, event, text)
         for queue in self._watchers:
             if queue.full():
                 queue.get_nowait()
             queue.put_nowait(news)
 
-    def trouble(self, job: str | None, error: BaseException | str) -> None:
+    def trouble(self, job: Job | None, error: BaseException | str) -> None:
         """Something failed: counted each time, told when it is new."""
         self._cost.errors += 1
-        trouble = job, str(error)
+        trouble = job.spec.id if job else None, str(error)
         if trouble not in self._told:
             if len(self._told) >= _REMEMBERED:
                 self._told.clear()
@@ -50,3 +53,10 @@ class News:
                 yield await queue.get()
         finally:
             self._watchers.discard(queue)
+
+
+def _whose(about: Job | Record | None) -> tuple[str | None, int | None]:
+    """The id of what is told about, and its owner."""
+    if about is None:
+        return None, None
+    return (about.spec.id, about.spec.owner.uid) if isinstance(about, Job) else (about.id, about.uid)

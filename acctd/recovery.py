@@ -15,10 +15,10 @@ from acctd.cgroup.driver import JobCgroups, orphans, sweep_sentinels
 from acctd.cgroup.layout import discover
 from acctd.errors import AcctdError, LedgerError
 from acctd.job import Ending, Job, cgroup_name, hold
-from acctd.kernel import procs
-from acctd.ledger import OpenJob, decode_row
+from acctd.kernel import private, procs
 from acctd.metrics import CPU_SYSTEM, CPU_USER
 from acctd.model import Record
+from acctd.rows import OpenJob, decode_row
 
 
 def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Record]:
@@ -45,6 +45,17 @@ def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Re
             agent.trouble.append(f"job {row.spec.id}, whose acctd had died: {e}")
             agent.unrecovered = True
     return written
+
+
+def unaccounted(agent: Agent) -> list[str]:
+    """What acctd-hook exec --fail-open let by while no agent answered, once; see hookexec.py."""
+    place = agent.config.runtime_dir / "unaccounted"
+    private.make(place)
+    found = []
+    for path in sorted(place.iterdir()):
+        found.append(path.read_text(errors="replace").strip()[:4096])
+        path.unlink()
+    return found
 
 
 def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | None) -> Record | None:

@@ -5,12 +5,13 @@ process can change its environment's text and so slip away before it is found: a
 gets in.
 """
 
+import os
 import pwd
 from collections.abc import Iterable
 
 from acctd.errors import NotFoundError, UsageError
 from acctd.kernel import procs
-from acctd.ledger import Rule
+from acctd.rows import Rule
 
 
 def check(rule: Rule) -> Rule:
@@ -37,6 +38,8 @@ def find(rules: Iterable[Rule], owner: int | None) -> set[int]:
     variables = {rule.environment.encode("utf-8", "surrogateescape") for rule in wanted if rule.environment is not None}
     found = set()
     for pid in procs.pids():
+        if pid in (1, os.getpid()) or procs.is_kernel_thread(pid):
+            continue
         who = procs.credentials(pid)
         if who is None or (owner is not None and who.uid != owner):
             continue
@@ -49,7 +52,7 @@ def find(rules: Iterable[Rule], owner: int | None) -> set[int]:
 def _uid(login: str) -> int:
     try:
         return pwd.getpwnam(login).pw_uid
-    except KeyError:
+    except (KeyError, ValueError):
         raise NotFoundError(f"login {login!r} is no user of this host; name one that is") from None
 
 

@@ -56,7 +56,7 @@ type Job (
 )
 
 # Numbers only grow. `job` is null where the agent itself is meant.
-type Event (number: int, time: float, job: ?string, event: string, text: string)
+type Event (number: int, time: float, job: ?string, uid: ?int, event: string, text: string)
 
 # Make a job's cgroups and pipe. `user` is a name or a number, the caller if absent. With a parent: a family inside that
 # job, whose network is then "parent" unless it asks for another. The job is given up when the watcher's process ends,

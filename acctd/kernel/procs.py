@@ -77,9 +77,29 @@ def cgroups(pid: int) -> list[str]:
         return []
 
 
+def network(pid: int) -> tuple[int, int] | None:
+    """Which network namespace a process is in, as network_at() names it; None if it is gone."""
+    return network_at(f"/proc/{pid}/ns/net")
+
+
+def network_at(path: str) -> tuple[int, int] | None:
+    """Device and inode of a network namespace's file; None if there is none. man 7 namespaces."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return found.st_dev, found.st_ino
+
+
 def pids() -> list[int]:
     """Every process there is."""
     return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+def is_kernel_thread(pid: int) -> bool:
+    """Whether it has no program at all; PF_KTHREAD in the flags, the 9th field of its stat. include/linux/sched.h."""
+    fields = _stat(pid)
+    return fields is not None and bool(int(fields[6]) & 0x00200000)
 
 
 def descendants(root: int) -> set[int]:

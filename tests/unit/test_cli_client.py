@@ -221,7 +221,7 @@ def test_more_than_an_answer_holds_is_said(
 
 
 def test_a_line_is_one_line_whatever_the_text() -> None:
-    text = line(Event(7, 0.0, None, "trouble", "a\nb\x1b[2J"))
+    text = line(Event(7, 0.0, None, None, "trouble", "a\nb\x1b[2J"))
     assert text.startswith("     7  19")
     assert text.endswith("  -             trouble     a?b?[2J")
 

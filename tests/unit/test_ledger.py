@@ -21,9 +21,10 @@ from acctd.errors import (
     NotFoundError,
     NotPermittedError,
 )
-from acctd.ledger import FILE, SCHEMA, Account, Ledger, Place, Rule, Terms, decode_row, encode_row, move_aside
+from acctd.ledger import FILE, SCHEMA, Ledger, move_aside
 from acctd.meter import Stored
 from acctd.model import JobSpec, Limits, Owner, Record, parse_class
+from acctd.rows import Account, Event, Place, Rule, Terms, decode_row, encode_row
 
 OWNER = Owner(uid=1000, gid=100, name="ada")
 SPEC = JobSpec(
@@ -129,7 +130,7 @@ def test_a_row_outside_the_ledger_comes_back_as_it_was(ledger):
 
 
 def test_events_are_numbered_and_found_again(ledger):
-    made = [ledger.add_event(job, "told", f"{n}") for n, job in enumerate(["a", None, "b", "a"])]
+    made = [ledger.add_event(Event(0, 1.5, job, 7, "told", f"{n}")) for n, job in enumerate(["a", None, "b", "a"])]
     assert [event.number for event in made] == [1, 2, 3, 4]
     assert ledger.events() == made
     assert ledger.events(since=2) == made[2:]
@@ -141,7 +142,7 @@ def test_events_are_numbered_and_found_again(ledger):
 def test_old_events_go(ledger, monkeypatch):
     monkeypatch.setattr("acctd.ledger.EVENTS_KEPT", 1500)
     for number in range(3000):
-        ledger.add_event(None, "told", str(number))
+        ledger.add_event(Event(0, 1.5, None, None, "told", str(number)))
     assert [event.text for event in ledger.events(limit=5000)] == [str(number) for number in range(1500, 3000)]
 
 

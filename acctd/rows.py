@@ -1,0 +1,131 @@
+"""What the ledger's rows hold: open jobs, their accounts and terms, events; as types, and as bytes.
+
+Pure data and its encoding; ledger.py stores it, and a job's cgroups carry a copy of its row.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+from acctd.meter import State, Stored
+from acctd.model import JobSpec, Limits, Owner, parse_class
+
+Phase = Literal["making", "made", "running", "closed"]
+"""making: kernel objects may be half there. made: all there, and the agent waits for somebody to enter. running: the
+command has been started. closed: record written, objects not yet all removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a job's kernel objects are, as configured when it was made; a later configuration may say otherwise."""
+
+    base: str  # cgroup.base
+    backend: str | None = None  # which netfilter back end made the chain, None without a pipe
+    pool4: str = ""  # networks in which the slot's addresses lie
+    pool6: str = ""  # "" without IPv6
+    controllers: tuple[str, ...] = ()  # cgroup.controllers
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which processes a job takes beside those put into it: one of the three."""
+
+    environment: str | None = None  # NAME=VALUE
+    login: str | None = None
+    group: int | None = None  # a supplementary group's gid
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms the agent holds a job; condor_procd's words. Processes are named by procs.identity."""
+
+    watcher: str | None = None  # the job is given up when this process ends
+    interval: float | None = None  # s; read at least so often
+    rules: tuple[Rule, ...] = ()
+    member: str | None = None  # a process of the job that is waited for
+    ended_ns: int | None = None  # CLOCK_BOOTTIME when the job was seen to have no process any more
+    moved: bool = False  # the pipe leads into a namespace of the owner's own, see pipe.move
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What is known of a job's use so far."""
+
+    meter: Stored = field(default_factory=Stored)
+    incarnation: str | None = None  # of its chain, as of the last reading
+    notes: tuple[str, ...] = ()
+    stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
+    families: State = field(default_factory=dict)  # what ended families inside it counted on chains of their own
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a job, or to the agent itself where job is None."""
+
+    number: int
+    time: float  # s since the epoch, a label
+    job: str | None
+    uid: int | None  # of its owner; ids are given again, and then are another's
+    event: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenJob:
+    """One row of the open jobs."""
+
+    seq: int
+    phase: Phase
+    slot: int | None
+    place: Place
+    spec: JobSpec
+    created: float
+    boot_id: str
+    boot_ns: int
+    seen_ns: int
+    keeper: str
+    account: Account = field(default_factory=Account)
+    parent: int | None = None
+    terms: Terms = field(default_factory=Terms)
+
+
+def encode_row(row: OpenJob) -> bytes:
+    """A row in one piece, for a place outside the ledger."""
+    return msgspec.json.encode(row, enc_hook=str)
+
+
+def decode_row(text: bytes) -> OpenJob:
+    """The reverse. Raises MsgspecError, KeyError, TypeError or UsageError for what encode_row did not write."""
+    raw = msgspec.json.decode(text)
+    kinds: dict[str, Any] = {"place": Place, "account": Account, "terms": Terms}
+    return OpenJob(
+        **{name: msgspec.convert(value, kinds[name]) for name, value in raw.items() if name in kinds},
+        **{name: value for name, value in raw.items() if name not in kinds and name != "spec"},
+        spec=_spec(raw["spec"]),
+    )
+
+
+def decode_columns(row: tuple) -> OpenJob:  # type: ignore[type-arg]  # columns of different types
+    """The reverse of what ledger.py writes. Raises as decode_row() does."""
+    seq, phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, account, parent, terms = row
+    return OpenJob(
+        *(seq, phase, slot, msgspec.json.decode(place, type=Place), _spec(msgspec.json.decode(spec))),
+        *(created, boot_id, boot_ns, seen_ns, keeper),
+        account=msgspec.json.decode(account, type=Account),
+        parent=parent,
+        terms=msgspec.json.decode(terms, type=Terms),
+    )
+
+
+def _spec(raw: dict[str, Any]) -> JobSpec:
+    """A JobSpec whose networks were written as text."""
+    return JobSpec(
+        id=raw["id"],
+        owner=Owner(**raw["owner"]),
+        limits=Limits(**raw["limits"]),
+        network=raw["network"],
+        classes=tuple(parse_class(cls["name"], cls["networks"]) for cls in raw["classes"]),
+        tags=raw["tags"],
+        parent=raw.get("parent"),
+    )
