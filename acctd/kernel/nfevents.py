@@ -10,7 +10,8 @@ A thread is known by its number. If one of ours ends and a foreign program gets 
 here; the ruleset's generation still tells.
 
 The last values are taken while a packet that was let into the old rules may still be on its way through them; what it
-adds in these microseconds is not in them.
+adds in these microseconds is not in them. (Of two equal rules in one chain, flushed under 60,000 packets a second, the
+values differed by one packet in one of twenty trials.)
 """
 
 import errno
