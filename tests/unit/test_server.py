@@ -35,13 +35,17 @@ class News:
 
 @dataclass
 class StandIn:
-    """Daemon and methods in one."""
+    """Daemon, its news and methods in one."""
 
     cost: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(errors=0))
     asked: list = field(default_factory=list)
     watching: int = 0
-    news: asyncio.Queue = field(default_factory=asyncio.Queue)
+    queue: asyncio.Queue = field(default_factory=asyncio.Queue)
     may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def news(self):
+        return self
 
     @property
     def table(self):
@@ -67,7 +71,7 @@ class StandIn:
         self.watching += 1
         try:
             while True:
-                yield await self.news.get()
+                yield await self.queue.get()
         finally:
             self.watching -= 1
 
@@ -247,7 +251,7 @@ def test_a_watch_tells_what_may_be_seen(play):
         client.send(call("Watch", parameters={}, more=True))
         await until(lambda: stand_in.watching)
         for number, job in enumerate(("mine", "another's", "mine")):
-            stand_in.news.put_nowait(News(number, job))
+            stand_in.queue.put_nowait(News(number, job))
         heard = [await client.hear(), await client.hear()]
         assert [(h["parameters"]["event"]["number"], h["continues"]) for h in heard] == [(0, True), (2, True)]
 
@@ -260,7 +264,7 @@ def test_a_watch_without_more_is_one_event_and_the_calls_behind_it_are_answered(
         client.send(call("Watch", parameters={}), call("Echo", text="behind"))
         await until(lambda: stand_in.watching)
         client.send(call("Echo", text="later"))
-        stand_in.news.put_nowait(News(7, "mine"))
+        stand_in.queue.put_nowait(News(7, "mine"))
         heard = [await client.hear() for _ in range(3)]
         assert heard[0] == {"parameters": {"event": {"number": 7, "job": "mine"}}}
         assert [h["parameters"]["text"] for h in heard[1:]] == ["behind", "later"]

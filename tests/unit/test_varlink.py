@@ -12,6 +12,7 @@ from acctd.errors import (
     ExhaustedError,
     InUseError,
     KernelRefusedError,
+    LedgerError,
     NotFoundError,
     NotPermittedError,
     UnavailableError,
@@ -104,7 +105,8 @@ def test_a_reply_is_one_frame():
     ("kind", "name"),
     [(UsageError, "UsageError"), (NotFoundError, "NotFound"), (NotPermittedError, "NotPermitted"),
      (InUseError, "InUse"), (ExhaustedError, "Exhausted"), (UnavailableError, "Unavailable"),
-     (KernelRefusedError, "KernelRefused"), (ConfigError, "Failed"), (AcctdError, "Failed")],
+     (KernelRefusedError, "KernelRefused"), (LedgerError, "LedgerFailed"), (ConfigError, "ConfigError"),
+     (AcctdError, "Failed")],
 )  # fmt: skip
 def test_each_error_has_its_name_in_the_interface(kind, name):
     frame = json.loads(varlink.refusal(kind("why")).rstrip(b"\0"))
