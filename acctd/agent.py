@@ -135,7 +135,7 @@ class Agent:
         Called on both sides of the start: whoever dies between them leaves a job that may have run, and is billed.
         """
         job.row = replace(job.row, phase="running", boot_ns=boottime() if at is None else at)
-        self.ledger.begin(job.row.seq, job.row.boot_ns)
+        self.ledger.begin(job.row.seq, job.row.boot_ns, job.row.terms)
 
     def abandon(self, job: Job) -> None:
         """Undo a job that never ran: no record, nothing left."""

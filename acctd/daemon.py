@@ -176,13 +176,16 @@ class Daemon:
         member = procs.identity(pid)
         if not procs.is_alive(member):
             raise NotFoundError(f"pid {pid} does not exist any more; attach a living process")
+        terms = job.row.terms
+        if first or terms.ended_ns is not None:
+            job.row = replace(job.row, terms=replace(terms, member=member, ended_ns=None))
         if first:
-            # Written on both sides: whoever dies between them leaves a job that may have run, and is billed.
+            # Written before: whoever dies after it leaves a job that may have run, and is billed.
             self.books.write(lambda: self.agent.begin(job))
+        elif job.row.terms is not terms:
+            self._set_terms(job, job.row.terms)
         job.cgroups.attach(pid)
-        if first or job.row.terms.ended_ns is not None:
-            self._set_terms(job, replace(job.row.terms, member=member, ended_ns=None))
-            self._watch_member(job)
+        self._watch_member(job)
         if first:
             self.news.tell(job, "began", f"pid {pid}")
 

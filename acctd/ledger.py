@@ -205,10 +205,13 @@ class Ledger:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('last_id', ?)", (str(number),))
         return name
 
-    def begin(self, seq: int, boot_ns: int) -> None:
+    def begin(self, seq: int, boot_ns: int, terms: Terms) -> None:
         """All is made and the command runs since then."""
         with self._writing() as db:
-            db.execute("UPDATE job SET phase = 'running', boot_ns = ? WHERE seq = ?", (boot_ns, seq))
+            db.execute(
+                "UPDATE job SET phase = 'running', boot_ns = ?, terms = ? WHERE seq = ?",
+                (boot_ns, msgspec.json.encode(terms), seq),
+            )
 
     def made(self, seq: int) -> None:
         """All is made and waits for somebody to enter."""

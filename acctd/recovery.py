@@ -68,7 +68,11 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
         return None  # somebody else deals with it
     # From here on the row as it is now: its keeper may have done more before it died.
     job = hold(row, layout)
-    stays = _stays(agent, job)
+    if adopt is not None and row.phase == "running" and row.terms.member is not None and not _ran(agent, job):
+        # The agent died between its intent and the first process: its starter will call again.
+        agent.ledger.made(row.seq)
+        job = hold(replace(row, phase="made", terms=replace(row.terms, member=None)), layout)
+    row, stays = job.row, _stays(agent, job)
     if stays and adopt is None:
         return None  # we do not stay; the next one finds our claim dead
     if row.phase == "making" or (row.phase == "made" and not stays):
@@ -143,10 +147,18 @@ def _reinstate(agent: Agent) -> None:
 def _as_found(agent: Agent, row: OpenJob) -> OpenJob:
     """The row as its job is now: under its parent's seq of today, and running if anybody ever entered."""
     known = {other.spec.id: other.seq for other in agent.ledger.open_jobs()}
-    job = hold(row, discover(row.place.controllers))
-    agent.open_readers(job)
-    agent.take(job, None)
-    job.close()
-    ran = job.cgroups.living() or any(job.meter.totals.get((metric, "")) for metric in (CPU_USER, CPU_SYSTEM))
     parent = known.get(row.spec.parent) if row.spec.parent is not None else None
+    ran = _ran(agent, hold(row, discover(row.place.controllers)))
     return replace(row, phase="running" if ran else "made", parent=parent)
+
+
+def _ran(agent: Agent, job: Job) -> bool:
+    """Whether anybody ever entered: not even to end costs a process no CPU time. True for one of an earlier boot."""
+    if job.row.boot_id != agent.boot_id or job.cgroups.living():
+        return True
+    agent.open_readers(job)
+    try:
+        agent.take(job, None)
+    finally:
+        job.close()
+    return any(job.meter.totals.get((metric, "")) for metric in (CPU_USER, CPU_SYSTEM))

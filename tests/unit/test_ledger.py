@@ -89,7 +89,7 @@ def test_phases_and_accounts_survive_a_restart(path):
         row = open_job(before)
         before.made(row.seq)
         assert before.open_jobs()[0].phase == "made"
-        before.begin(row.seq, 99)
+        before.begin(row.seq, 99, row.terms)
         before.store([(row.seq, account)], row.keeper, 500)
         before.set_terms(row.seq, terms)
     with Ledger(path) as after:
@@ -339,7 +339,7 @@ def _work(path, number, results):
             job = f"{ledger.next_id()}-{number}-{turn}"
             row = open_job(ledger, replace(SPEC, id=job), slots=range(1, 9))
             leases.append((time.monotonic_ns(), 1, row.slot))
-            ledger.begin(row.seq, 1)
+            ledger.begin(row.seq, 1, row.terms)
             ledger.sign_off(row.seq, record(job))
             leases.append((time.monotonic_ns(), -1, row.slot))
             ledger.forget(row.seq)
@@ -370,7 +370,7 @@ def test_processes_side_by_side_share_no_lease_and_one_chain_of_records(path):
 def test_what_is_committed_survives_kill_9(path):
     code = (
         "import os, signal, sys; from pathlib import Path; from tests.unit.test_ledger import *\n"
-        "ledger = Ledger(Path(sys.argv[1])); row = open_job(ledger); ledger.begin(row.seq, 3)\n"
+        "ledger = Ledger(Path(sys.argv[1])); row = open_job(ledger); ledger.begin(row.seq, 3, row.terms)\n"
         "ledger.sign_off(row.seq, record(SPEC.id))\n"
         "ledger._db.execute('BEGIN IMMEDIATE'); ledger._db.execute('DELETE FROM record')\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
