@@ -118,6 +118,8 @@ class Served:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(e, RefusedError | ConnectionError):
+            e.add_note(f"The agent's log ends so:\n{self.log()[-4000:]}")
         self._open.__exit__(kind, e, at)
 
     @property
