@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vm lint unit bench docs man completions clean
+.PHONY: help setup demo test test-vm lint unit bench docs fuzz man completions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -51,6 +51,9 @@ man: $(READY) ## make the manual pages in man/
 
 completions: $(READY) ## make completions/ for bash, zsh and fish anew
 	$(RUN) -m acctd.cli.completion completions
+
+fuzz: $(READY) ## the fuzzers, for long; needs atheris
+	$(RUN) -m tests.fuzz.fuzz_atheris -runs=200000
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -54,7 +54,10 @@ def call(path: str, method: str, **parameters: object) -> Answer:
         _wait_at_most(agent, _PATIENCE)
         agent.connect(path)
         _check_agent(agent, path)
-        agent.sendall(request)
+        try:
+            agent.sendall(request)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # whom an agent turns away at the door it tells why
         data = b""
         while not data.endswith(b"\0"):
             _wait_at_most(agent, deadline - time.monotonic())

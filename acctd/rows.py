@@ -97,13 +97,16 @@ def encode_row(row: OpenJob) -> bytes:
 
 def decode_row(text: bytes) -> OpenJob:
     """The reverse. Raises MsgspecError, KeyError, TypeError or UsageError for what encode_row did not write."""
-    raw = msgspec.json.decode(text)
     kinds: dict[str, Any] = {"place": Place, "account": Account, "terms": Terms}
-    return OpenJob(
-        **{name: msgspec.convert(value, kinds[name]) for name, value in raw.items() if name in kinds},
-        **{name: value for name, value in raw.items() if name not in kinds and name != "spec"},
-        spec=_spec(raw["spec"]),
-    )
+    try:
+        raw = msgspec.json.decode(text, type=dict[str, Any])
+        return OpenJob(
+            **{name: msgspec.convert(value, kinds[name]) for name, value in raw.items() if name in kinds},
+            **{name: value for name, value in raw.items() if name not in kinds and name != "spec"},
+            spec=_spec(raw["spec"]),
+        )
+    except (AttributeError, UnicodeDecodeError, RecursionError) as e:  # no table where one must be; no UTF-8
+        raise TypeError(str(e)) from None
 
 
 def decode_columns(row: tuple) -> OpenJob:  # type: ignore[type-arg]  # columns of different types

@@ -95,6 +95,8 @@ class Server:
                 try:
                     probe.connect(str(path))
                 except ConnectionRefusedError:
+                    if not path.is_socket():
+                        raise NotPermittedError(f"socket {path} is taken by something else; set another one") from None
                     path.unlink()
                 else:
                     raise NotPermittedError(f"socket {path} is served already; stop that agent or set another socket")

@@ -3,6 +3,7 @@
 Kernel docs: filesystems/proc.rst, 3.5 "/proc/<pid>/mountinfo". Reads one file; opens nothing below cgroupfs.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class CgroupMount:
 def parse_mountinfo(text: str, root: Path = Path("/")) -> list[CgroupMount]:
     """Every cgroup mount, as it lies below `root`. A hierarchy mounted twice is listed once, where it came first."""
     mounts: dict[tuple[int, tuple[str, ...]], CgroupMount] = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines(): a path may hold what that takes for a line's end
         before, dash, after = line.partition(" - ")
         fields, tail = before.split(" "), after.split(" ")
         if not dash or len(fields) < 5 or tail[0] not in ("cgroup", "cgroup2"):
@@ -47,7 +48,7 @@ def parse_mountinfo(text: str, root: Path = Path("/")) -> list[CgroupMount]:
 
 def cgroup_mounts(root: Path = Path("/")) -> list[CgroupMount]:
     """The hierarchies this process sees; `root` is where a test keeps its captured tree."""
-    return parse_mountinfo((root / "proc/self/mountinfo").read_text(), root)
+    return parse_mountinfo(os.fsdecode((root / "proc/self/mountinfo").read_bytes()), root)
 
 
 def _unescape(field: str) -> str:

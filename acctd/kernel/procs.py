@@ -71,8 +71,9 @@ def environment(pid: int) -> set[bytes]:
 def cgroups(pid: int) -> list[str]:
     """The paths of the cgroups that a process is in, one a hierarchy; none if it is gone."""
     try:
-        with open(f"/proc/{pid}/cgroup") as lines:
-            return [line.rstrip("\n").split(":", 2)[2] for line in lines]
+        # As bytes: a name may be no UTF-8, and what text mode takes for the end of a line, \r, may stand in one.
+        with open(f"/proc/{pid}/cgroup", "rb") as lines:
+            return [os.fsdecode(line.rstrip(b"\n").split(b":", 2)[2]) for line in lines]
     except (FileNotFoundError, ProcessLookupError):
         return []
 
@@ -173,8 +174,8 @@ def lies_on_others(device: str, root: Path = Path("/")) -> bool:
 def _device_of(path: str, root: Path) -> str:
     """The device of the mount that a path lies on; major 0 is a file system without one."""
     best, device = "", "0:0"
-    for line in (root / "proc/self/mountinfo").read_text().splitlines():
-        fields = line.split(" ")
+    for line in (root / "proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
+        fields = os.fsdecode(line).split(" ")
         mount = fields[4]
         if (path == mount or path.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(best):
             best, device = mount, fields[2]

@@ -4,6 +4,7 @@ Others on the host may have come to rely on forwarding, so acctd leaves it on wh
 go with it. Kernel docs: networking/ip-sysctl.rst.
 """
 
+import os
 import sys
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
@@ -58,8 +59,9 @@ def overlap(pools: Pools, net: Path = Path("/proc/thread-self/net")) -> str | No
 
     Default routes and the pipes' own do not count.
     """
-    for line in (net / "route").read_text().splitlines()[1:]:
-        device, destination, _, flags, _, _, _, mask, *_ = line.split()
+    for line in (net / "route").read_bytes().split(b"\n")[1:-1]:
+        name, destination, _, flags, _, _, _, mask, *_ = line.split()
+        device = os.fsdecode(name)
         if int(mask, 16) and not int(flags, 16) & 0x200 and not device.startswith(PREFIX):
             address = IPv4Address(int(destination, 16).to_bytes(4, sys.byteorder))
             network = IPv4Network((address, int(mask, 16).bit_count()))
@@ -67,8 +69,9 @@ def overlap(pools: Pools, net: Path = Path("/proc/thread-self/net")) -> str | No
                 return f"{network} on {device}"
     if pools.v6 is None:
         return None
-    for line in (net / "ipv6_route").read_text().splitlines():
-        destination, length, *_, device = line.split()
+    for line in (net / "ipv6_route").read_bytes().split(b"\n")[:-1]:
+        destination, length, *_, name = line.split()
+        device = os.fsdecode(name)
         if int(length, 16) and device != "lo" and not device.startswith(PREFIX):
             network6 = IPv6Network((IPv6Address(int(destination, 16)), int(length, 16)))
             if network6.overlaps(pools.v6):

@@ -61,7 +61,7 @@ def rules(family: Family, plan: ChainPlan, making: int) -> list[bytes]:
     """
     classes: list[tuple[Network | None, str]] = [*by_longest_prefix(plan.classes, family.version), (None, REMAINDER)]
     accept = xtrules.verdict("ACCEPT")
-    # What leaves from another source than the job's own meets none of the outgoing rules, but the rejecting one.
+    # What leaves from another source than the job's own meets none of the outgoing rules, and is dropped behind them.
     own = next((ip_network(address) for address in plan.sources if address.version == family.version), None)
     outgoing = [
         xtrules.entry(
@@ -84,8 +84,10 @@ def rules(family: Family, plan: ChainPlan, making: int) -> list[bytes]:
         )
         for network, name in classes
     ]
+    # Rejecting it instead would send an answer, uncounted, to whoever has the address.
+    foreign = xtrules.entry(family, xtrules.verdict("DROP"), inward=plan.ifname)
     last = xtrules.entry(family, xtrules.verdict("RETURN"), packets=making)
-    return [*outgoing, *incoming, xtrules.entry(family, xtrules.reject(family)), last]
+    return [*outgoing, foreign, *incoming, xtrules.entry(family, xtrules.reject(family)), last]
 
 
 def ways(family: Family, plan: ChainPlan) -> list[list[Step]]:

@@ -24,12 +24,12 @@ from acctd import hook, hookcall, hookexec, methods, tracking, varlink
 from acctd.errors import AcctdError, KernelRefusedError, UsageError
 from acctd.kernel import conntrack, mountinfo, nftrules, procs
 from acctd.kernel.xtables import V4, V6, Family
-from acctd.ledger import Rule, decode_row
 from acctd.metrics import BLOCK_READ_BYTES, BLOCK_WRITE_BYTES, CPU_STALL, PIDS
 from acctd.model import JobSpec, Limits, Owner, Record, chain_name, parse_class, parse_size
 from acctd.network import host, resolver, xtplan, xtrules
 from acctd.network.backend import ChainPlan, Pools
 from acctd.network.xtcounts import Sampler, total
+from acctd.rows import Rule, decode_row
 from acctd.varlink import FRAME_LIMIT, READ, Call, Decoder, FrameError
 from collectors import blkio, cpu, memory, parse, pids, pressure
 from exporters.classad import format_ad, record_ad

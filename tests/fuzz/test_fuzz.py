@@ -36,24 +36,7 @@ TOKENS = [
 ]  # fmt: skip
 
 
-KNOWN = {
-    "parameters": "accounts.named and tracking.check let ValueError through: a NUL, or 5000 digits",
-    "sizes": "model.parse_size lets ValueError through: 5000 digits",
-    "proc_cgroup": "procs.cgroups reads text: a name that is no UTF-8 fails, one with \\r makes two lines",
-    "mounts": "mountinfo.cgroup_mounts and procs._device_of read text: as above",
-    "routes": "host.overlap reads text: as above",
-    "rows": "ledger.decode_row lets AttributeError and UnicodeDecodeError through",
-}
-"""Defects that are found and not mended yet. Whoever mends one takes its line out: it fails as soon as it passes."""
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=KNOWN[name])) if name in KNOWN else name
-        for name in TARGETS
-    ],
-)
+@pytest.mark.parametrize("name", TARGETS)
 def test_no_bytes_make_it_fail(name: str) -> None:
     target = TARGETS[name]
     for seed in SEEDS[target]:

@@ -18,7 +18,18 @@ import pytest
 from acctd.ledger import FILE, Ledger
 from tests.kernel.conftest import Node
 
-USAGE, NOINPUT, UNAVAILABLE, SOFTWARE, OSERR, CANTCREAT, TEMPFAIL, NOPERM, CONFIG = 64, 66, 69, 70, 71, 73, 75, 77, 78
+USAGE, NOINPUT, UNAVAILABLE, SOFTWARE, OSERR, CANTCREAT, IO, TEMPFAIL, NOPERM, CONFIG = (
+    64,
+    66,
+    69,
+    70,
+    71,
+    73,
+    74,
+    75,
+    77,
+    78,
+)
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> str:
@@ -286,7 +297,7 @@ def test_a_ledger_that_is_garbage(node: Node) -> None:
     (path / FILE).write_bytes(b"no database" * 1000)
     node.config.write_text(node.config.read_text().replace(f"{node.directory}/state", str(path)))
     for arguments in (["run", "--", "true"], ["ls"], ["show", "x"]):
-        refused(node.acctd(*arguments), SOFTWARE, str(path / FILE))
+        refused(node.acctd(*arguments), IO, str(path / FILE))
 
 
 @pytest.fixture

@@ -185,6 +185,7 @@ def test_the_chain_is_the_source_documents(backend):
         [*inside, "129.93.5.0/24", "/*", "OutgoingLab", "*/"],
         [*inside, "129.93.0.0/16", "/*", "OutgoingInternal", "*/"],
         [*inside, "anywhere", "/*", "OutgoingExternal", "*/"],
+        ["DROP", *inside[1:], "anywhere"],
         [*back, "129.93.5.0/24", "anywhere", *state, "/*", "IncomingLab", "*/"],
         [*back, "129.93.0.0/16", "anywhere", *state, "/*", "IncomingInternal", "*/"],
         [*back, "anywhere", "anywhere", *state, "/*", "IncomingExternal", "*/"],
@@ -245,7 +246,8 @@ def test_a_leftover_of_the_same_name_or_on_the_same_interface_is_replaced(backen
     assert text.count("-g JOB_8") == 2
     assert "-g JOB_7" not in text
     assert [line for line in saved(4, counters=False) if line.startswith("-A JOB_7 -i")] == [
-        "-A JOB_7 -i ac1234 -m comment --comment OutgoingExternal -j ACCEPT"
+        "-A JOB_7 -i ac1234 -m comment --comment OutgoingExternal -j ACCEPT",
+        "-A JOB_7 -i ac1234 -j DROP",
     ]
 
 
