@@ -199,7 +199,7 @@ def test_without_its_socket_a_stopped_agent_stays_stopped(job: Job) -> None:
 
 
 def test_systemds_own_work_on_cgroups_spares_the_jobs(job: Job) -> None:
-    """When systemd looks at a cgroup of its own anew it takes back controllers that none of its units wants there."""
+    """Without Delegate= the first daemon-reload takes the controllers from all of them."""
     neighbour = Path("/run/systemd/system/neighbour.service")
     neighbour.write_text("[Service]\nType=oneshot\nSlice=acctd.slice\nExecStart=true\n")
     run("systemctl", "daemon-reload")
@@ -292,7 +292,7 @@ def test_a_finished_job_leaves_its_place_and_nothing_else(job: Job) -> None:
 
 
 def test_the_loss_of_the_places_keeper_spares_the_jobs(job: Job) -> None:
-    """systemd starts it again with the agent: that must fail, for it would take the controllers from the jobs.
+    """With the next agent systemd starts it again, in vain: a cgroup with jobs below takes no process.
 
     The job stays open at the end, for inside_rebooted.py.
     """
