@@ -29,6 +29,7 @@ PYTHON = "/usr/bin/python3"  # one that any user may run
 # Calls the agent as it is told, a line each: [method, parameters], and prints the reply. "sleep": makes a child.
 PERSON = """
 import json, os, socket, sys
+print("[]", flush=True)
 for line in sys.stdin:
     said = json.loads(line)
     if said == "sleep":
@@ -59,6 +60,7 @@ class Person:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/",
         )  # fmt: skip
         self._children: list[int] = []
+        self._heard()  # it is who it is to be
 
     @property
     def pid(self) -> int:
