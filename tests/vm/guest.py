@@ -40,6 +40,7 @@ SYSTEMD = "systemd"
 """The layout of a guest whose first process is systemd, which mounts cgroups by itself (v2) and runs the command as a
 service."""
 
+_SYSTEMD = "/lib/systemd/systemd"
 _MODULES = ("virtio_pci", "9p", "9pnet_virtio", "overlay", "virtio_blk")
 
 # Runs from the initramfs. Everything is by busybox; modules come in the order that their dependencies need.
@@ -104,6 +105,8 @@ def run(layout: str, command: Sequence[str], results: Path, *, disk_mib: int = 6
     kernel did. An empty disk is at /dev/vda.
     """
     kernel = prepare()
+    if layout == SYSTEMD and not Path(_SYSTEMD).exists():
+        raise GuestError(f"{_SYSTEMD} is missing; install systemd")
     results.mkdir(parents=True, exist_ok=True)
     (results / "status").unlink(missing_ok=True)
     (results / "main").write_text(_main(layout, command))
@@ -161,7 +164,7 @@ def _main(layout: str, command: Sequence[str]) -> str:
         f"mkdir -p {units}\n"
         f"cat >{units}/acctd-vm.service <<'END'\n{_UNIT}END\n"
         f"cat >/run/acctd-vm-command <<'END'\n{environment}{run}END\n"
-        "exec /lib/systemd/systemd --unit=acctd-vm.service --show-status=no\n"
+        f"exec {_SYSTEMD} --unit=acctd-vm.service --show-status=no\n"
     )
 
 
