@@ -21,13 +21,13 @@ from acctd.errors import AcctdError, InUseError, KernelRefusedError, LedgerError
 from acctd.job import NETWORK_NAMES, Ending, Job, boottime, hold, listed
 from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
 from acctd.ledger import FILE, Ledger, move_aside
-from acctd.meter import add
+from acctd.meter import Meter, add, named
 from acctd.metrics import BLOCK, CPU_SYSTEM, CPU_USER
 from acctd.model import JobSpec, Record, chain_name
 from acctd.network import host, pipe, pool
 from acctd.network.backend import Chains, Pools, Sample
 from acctd.network.probe import choose
-from acctd.rows import Phase, Place, Terms, encode_row
+from acctd.rows import Account, Phase, Place, Terms, encode_row
 from collectors.blkio import BlkioReader
 from collectors.cpu import CpuReader
 from collectors.memory import MemoryReader
@@ -288,28 +288,59 @@ class Agent:
         return self.record(job, ending)
 
     def sign_off(self, job: Job, record: Record, patience: float = 2.0) -> None:
-        """Commit the record, tell the parent, and remove what is left in the kernel. Raises LedgerError.
+        """Commit the record, tell the jobs above, and remove what is left in the kernel. Raises LedgerError.
 
         Cgroups that stay busy for `patience` seconds are left to clear_up().
         """
-        parent = self.held.get(job.row.parent) if job.row.parent is not None else None
-        elsewhere = {name: record.totals[name] for name in NETWORK_NAMES if name in record.totals}
-        # v2 keeps what a removed child did; v1's block counters sum over those that are there.
-        blkio = job.cgroups.layout.of("blkio")
-        lost = {}
-        if blkio is not None and blkio.version == 1:
-            lost = {metric.name: record.totals[metric.name] for metric in BLOCK if metric.name in record.totals}
-        if job.row.parent is None:
-            elsewhere = lost = {}
-        self.ledger.sign_off(job.row.seq, record, elsewhere=elsewhere, lost=lost)
-        if parent is not None:
-            parent.families, parent.unstored = add(parent.families, elsewhere), True
-            parent.meter.expect_loss(lost)
+        with self._above(job) as above:
+            told = [(other, self._told(job, record, other)) for other in above]
+            self.ledger.sign_off(job.row.seq, record, [(other.row.seq, account) for other, account in told])
+            for other, account in told:
+                other.families, other.unstored = account.families, True
+                other.meter = Meter.restore(account.meter)
         try:
             self.dismantle(job, patience)
         except AcctdError as e:
             self.trouble.append(f"job {job.spec.id}: {e}")
             self.leftovers.append(job)
+
+    @contextmanager
+    def _above(self, job: Job) -> Iterator[list[Job]]:
+        """The jobs that a family lies in, its parent first; those that nobody holds any more are opened meanwhile."""
+        rows = {row.seq: row for row in self.ledger.open_jobs()} if job.row.parent is not None else {}
+        above: list[Job] = []
+        opened: list[Job] = []
+        seq = job.row.parent
+        while seq is not None and (seq in self.held or seq in rows):
+            if (other := self.held.get(seq)) is None:
+                other = hold(rows[seq], discover(rows[seq].place.controllers))
+                self.open_readers(other)
+                opened.append(other)
+            above.append(other)
+            seq = other.row.parent
+        try:
+            yield above
+        finally:
+            for other in opened:
+                other.close()
+
+    def _told(self, job: Job, record: Record, other: Job) -> Account:
+        """The account of a job above, once a family has ended.
+
+        What the family counted on a chain of its own is in no counter of its parent's. v1's block counters sum over
+        the cgroups that are there: they hold what the family did until it is removed, and are read before that.
+        """
+        self.take(other, None)
+        account = other.account
+        if other.row.seq == job.row.parent:
+            own = {name: record.totals[name] for name in NETWORK_NAMES if name in record.totals}
+            account = replace(account, families=add(account.families, own))
+        blkio = other.cgroups.layout.of("blkio")
+        if blkio is not None and blkio.version == 1:
+            meter = Meter.restore(account.meter)
+            meter.expect_loss(named(job.meter.last(BLOCK)))
+            account = replace(account, meter=meter.stored())
+        return account
 
     def clear_up(self) -> None:
         """Try again to remove what could not be removed."""
@@ -462,9 +493,3 @@ class Agent:
             notes=tuple(job.notes),
             parent=row.spec.parent,
         )
-
-
-def with_default_classes(spec: JobSpec, config: Config) -> JobSpec:
-    """The configured classes, with those that the job names itself put in their place by name."""
-    own = {cls.name for cls in spec.classes}
-    return replace(spec, classes=(*spec.classes, *(cls for cls in config.network.classes if cls.name not in own)))

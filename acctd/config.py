@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -22,7 +22,7 @@ from msgspec import Meta
 from acctd.cgroup.layout import CONTROLLERS
 from acctd.errors import ConfigError, NotFoundError, NotPermittedError, UsageError
 from acctd.kernel.cgroupfs import checked_parts
-from acctd.model import INT64_MAX, DestinationClass, Limits, OwnNetwork, check_classes, parse_class, parse_size
+from acctd.model import INT64_MAX, DestinationClass, JobSpec, Limits, OwnNetwork, check_classes, parse_class, parse_size
 
 DEFAULT_FILE = "/etc/acctd/acctd.toml"
 ENVIRONMENT = "ACCTD_CONFIG"
@@ -355,3 +355,9 @@ def _description(wanted: Any) -> str:
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def with_default_classes(spec: JobSpec, config: Config) -> JobSpec:
+    """The configured classes, with those that the job names itself put in their place by name."""
+    own = {cls.name for cls in spec.classes}
+    return replace(spec, classes=(*spec.classes, *(cls for cls in config.network.classes if cls.name not in own)))

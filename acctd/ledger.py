@@ -1,8 +1,8 @@
 """The ledger: one SQLite file with the open jobs, their leases and totals, and the records of the closed ones.
 
 Intent is written here before the kernel is changed. A record is signed off by a digest over itself and its predecessor,
-so that a changed one shows, and a missing one unless it is the newest. Stores and finds; decides nothing, but passes an
-ended family's counts on to its parent in the same transaction as its record. Several acctd processes may have it open.
+so that a changed one shows, and a missing one unless it is the newest. Stores and finds; decides nothing. Several acctd
+processes may have it open.
 """
 
 import hashlib
@@ -27,7 +27,6 @@ from acctd.errors import (
     NotPermittedError,
     UsageError,
 )
-from acctd.meter import Meter, State, add
 from acctd.model import JobSpec, Record, chain_name
 from acctd.rows import Account, Event, OpenJob, Place, Terms, decode_columns
 
@@ -245,11 +244,10 @@ class Ledger:
             ).rowcount
         return self._open_jobs("WHERE seq = ?", job.seq)[0] if changed == 1 else None
 
-    def sign_off(self, seq: int, record: Record, *, elsewhere: State | None = None, lost: State | None = None) -> None:
+    def sign_off(self, seq: int, record: Record, above: Iterable[tuple[int, Account]] = ()) -> None:
         """Commit the final record, once and on stable storage, and mark the job closed.
 
-        A family's parent is told in the same transaction of what its own counters never had (`elsewhere`) and of what
-        they are going to lose (`lost`).
+        With it, in the same transaction, the new accounts of the jobs (by seq) whose totals include it.
         """
         body = msgspec.json.encode(record)
         self._db.execute("PRAGMA synchronous = FULL")
@@ -261,20 +259,12 @@ class Ledger:
                     (seq, record.id, record.owner, record.ended, body, _digest(last[0] if last else "", body)),
                 )
                 db.execute("UPDATE job SET phase = 'closed' WHERE seq = ?", (seq,))
-                if elsewhere or lost:
-                    self._pass_on(seq, elsewhere or {}, lost or {})
+                db.executemany(
+                    "UPDATE job SET account = ? WHERE seq = ?",
+                    [(msgspec.json.encode(account), other) for other, account in above],
+                )
         finally:
             self._db.execute("PRAGMA synchronous = NORMAL")
-
-    def _pass_on(self, seq: int, elsewhere: State, lost: State) -> None:
-        row = self._row("SELECT p.seq, p.account FROM job p JOIN job j ON p.seq = j.parent WHERE j.seq = ?", seq)
-        if row is not None:
-            account = msgspec.json.decode(row[1], type=Account)
-            meter = Meter.restore(account.meter)
-            meter.expect_loss(lost)
-            families = add(account.families, elsewhere)
-            body = msgspec.json.encode(replace(account, meter=meter.stored(), families=families))
-            self._db.execute("UPDATE job SET account = ? WHERE seq = ?", (body, row[0]))
 
     def add_event(self, event: Event) -> Event:
         """Keep an event; gives it with its number."""

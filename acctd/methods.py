@@ -13,8 +13,8 @@ from typing import Any, cast, get_args
 import msgspec
 
 from acctd import accounts, family, views
-from acctd.agent import with_default_classes
 from acctd.caller import Caller
+from acctd.config import with_default_classes
 from acctd.daemon import Daemon
 from acctd.errors import NotFoundError, NotPermittedError, UsageError
 from acctd.job import Ending, Job
@@ -120,6 +120,7 @@ class Methods:
     # Making and entering
 
     async def _create(self, caller: Caller, wanted: _Create) -> Answer:
+        self._may_make(caller, wanted.parent)
         config = self._daemon.agent.config
         if wanted.user is not None:
             owner = accounts.named(wanted.user).owner
@@ -129,7 +130,6 @@ class Methods:
             owner = accounts.of(caller.uid, caller.gid)
         if caller.uid not in (0, owner.uid):
             raise NotPermittedError(f"only root may create a job for {owner.name} (you are uid {caller.uid})")
-        self._may_make(caller, wanted.parent)
         network = _network(wanted.network or ("parent" if wanted.parent is not None else config.network.mode))
         if wanted.parent is not None and network == "host":
             raise UsageError('network "host" is not for a family inside a job; it is one of parent, nat, none')

@@ -30,10 +30,10 @@ INT64_MAX = 2**63 - 1
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:+\[\]-]{0,127}\Z")
 _CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]{0,31}\Z")
 _TAG_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
-_SIZE = re.compile(r"(\d{1,4000}(?:\.\d{1,4000})?)\s*([KMGTP]?)(?:i?B)?\Z", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,4000}(?:\.\d{1,4000})?)\s*([KMGTP]?)(?:i?B)?\Z", re.IGNORECASE | re.ASCII)
 # What chain_name() makes of other ids; an id that looks so itself would take another job's chain.
 _HASHED = re.compile(r"_[0-9a-f]{8}\Z")
-_CPU_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*\Z")
+_CPU_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*\Z", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import Self
 
 from acctd import config as configuration
-from acctd.agent import Agent, with_default_classes
+from acctd.agent import Agent
 from acctd.cgroup.driver import JobCgroups
+from acctd.config import with_default_classes
 from acctd.job import Ending, Job
 from acctd.kernel import netns
 from acctd.model import JobSpec, Limits, NetworkMode, Owner, Record

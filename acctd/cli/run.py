@@ -13,10 +13,11 @@ import msgspec
 
 from acctd import accounts, launch
 from acctd import config as configuration
-from acctd.agent import Agent, with_default_classes
+from acctd.agent import Agent
 from acctd.cli.output import Output, say
 from acctd.cli.summary import summary
 from acctd.cli.supervise import LiveLine, Signals, supervise
+from acctd.config import with_default_classes
 from acctd.errors import UsageError
 from acctd.job import Ending
 from acctd.model import DestinationClass, JobSpec, Limits, NetworkMode, Owner, Record, parse_class, parse_size

@@ -28,7 +28,8 @@ _IN_A_ROW = """
 import json, os, signal, sys, threading
 from pathlib import Path
 from acctd import config, launch
-from acctd.agent import Agent, with_default_classes
+from acctd.agent import Agent
+from acctd.config import with_default_classes
 from acctd.job import Ending
 from acctd.model import JobSpec, Owner, parse_class
 

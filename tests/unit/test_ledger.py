@@ -102,7 +102,7 @@ def test_phases_and_accounts_survive_a_restart(path):
         assert after.record(SPEC.id) == record(SPEC.id)
 
 
-def test_a_family_tells_its_parent_with_its_record(ledger):
+def test_a_record_changes_the_accounts_above_it_in_the_same_transaction(ledger):
     parent = open_job(ledger)
     child = ledger.open_job(
         replace(SPEC, id="child", parent=SPEC.id),
@@ -113,15 +113,12 @@ def test_a_family_tells_its_parent_with_its_record(ledger):
         keeper="",
         parent=parent.seq,
     )
-    for _ in range(2):
-        ledger.sign_off(
-            child.seq, record("child"), elsewhere={"network": {"OutgoingCampus": 5}}, lost={"block_read": {"8:0": 7}}
-        )
-        ledger.forget(child.seq)
-        child = ledger.reinstate(replace(child, seq=0, phase="running"))
-    account = next(row for row in ledger.open_jobs() if row.seq == parent.seq).account
-    assert account.families == {"network": {"OutgoingCampus": 10}}
-    assert account.meter.pending == [{"block_read": {"8:0": 7}}] * 2
+    account = Account(families={"network": {"OutgoingCampus": 5}})
+    ledger.sign_off(child.seq, record("child"), [(parent.seq, account)])
+    assert [row.account for row in ledger.open_jobs() if row.seq == parent.seq] == [account]
+    with pytest.raises(AcctdError):  # one job, one record
+        ledger.sign_off(child.seq, record("child"), [(parent.seq, Account())])
+    assert [row.account for row in ledger.open_jobs() if row.seq == parent.seq] == [account]
 
 
 def test_a_row_outside_the_ledger_comes_back_as_it_was(ledger):
