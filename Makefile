@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vm lint unit bench docs fuzz man completions clean
+.PHONY: help setup demo test test-vm lint unit bench docs install-units fuzz man completions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,7 +34,7 @@ lint: $(READY) ## formatter, linter and types
 unit: $(READY) ## the lane that needs neither root nor a kernel
 	$(RUN) -m pytest tests/unit
 
-test-vm: $(READY) ## the lane of other cgroup layouts: v2, joined, single and divided, in QEMU
+test-vm: $(READY) ## the lane of other cgroup layouts, and of a real systemd, in QEMU
 	tools/system-packages vm
 	$(RUN) -m pytest tests/vm
 
@@ -51,6 +51,9 @@ man: $(READY) ## make the manual pages in man/
 
 completions: $(READY) ## make completions/ for bash, zsh and fish anew
 	$(RUN) -m acctd.cli.completion completions
+
+install-units: ## install the systemd units, with DESTDIR and PREFIX as usual
+	systemd/install
 
 fuzz: $(READY) ## the fuzzers, for long; needs atheris
 	$(RUN) -m tests.fuzz.fuzz_atheris -runs=200000

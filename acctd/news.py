@@ -27,7 +27,8 @@ class News:
     def tell(self, about: Job | Record | None, event: str, text: str) -> None:
         """Something happened to a job, or to the agent itself."""
         name, uid = _whose(about)
-        log.info("%s%s: %s", f"job {name} " if name else "", event, text)
+        level = logging.WARNING if event == "trouble" else logging.INFO
+        log.log(level, "%s%s: %s", f"job {name} " if name else "", event, text)
         news = self._books.event(name, uid, event, text)
         for queue in self._watchers:
             if queue.full():

@@ -124,7 +124,7 @@ class JobCgroups:
             if freezer is not None and freezer.version == 1 and (frozen := freezer.job(self.base, self.name)).exists():
                 self._freeze_kill_thaw(frozen)
             elif (unified := self.unified) is not None and unified.has("cgroup.kill"):
-                unified.write("cgroup.kill", "1")
+                _write_if_there(unified, "cgroup.kill", "1")
                 if again:
                     # It passes over a process whose leader has exited before its other threads; kill(2) does not.
                     _kill_all(pids)
@@ -258,18 +258,14 @@ class JobCgroups:
                 _rule(directory, file, device, _UNREACHED_BPS)
 
     def _freeze_kill_thaw(self, directory: CgroupDir) -> None:
-        directory.write("freezer.state", "FROZEN")
+        _write_if_there(directory, "freezer.state", "FROZEN")
         try:
             # Of all hierarchies: a process may have left this one.
             _kill_all(self.procs())
         finally:
             # Each of them: one that the job has frozen by itself stays so when only its parent thaws.
             for cgroup in reversed(list(directory.subtree())):
-                try:
-                    cgroup.write("freezer.state", "THAWED")
-                except KernelRefusedError:
-                    if cgroup.exists():
-                        raise
+                _write_if_there(cgroup, "freezer.state", "THAWED")
 
 
 def orphans(layout: Layout, base: str, prefix: str) -> dict[tuple[str, str], bytes | None]:
@@ -378,6 +374,15 @@ def _door(hierarchy: Hierarchy, directory: CgroupDir) -> CgroupDir:
     """Where the processes of a job go that has this directory."""
     divided = hierarchy.version == 2 and any(controller in V2_NAME for controller in hierarchy.controllers)
     return directory.child(_OWN) if divided else directory
+
+
+def _write_if_there(cgroup: CgroupDir, file: str, data: str) -> None:
+    """Write to a cgroup that the job, or a service manager, may be removing."""
+    try:
+        cgroup.write(file, data)
+    except KernelRefusedError:
+        if cgroup.exists():
+            raise
 
 
 def _taken(directory: CgroupDir) -> InUseError:
