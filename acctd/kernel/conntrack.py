@@ -1,13 +1,15 @@
-"""Forget a finished job's connections: the conntrack entries that its inner addresses opened.
+"""Forget a finished job's connections: the conntrack entries that begin or end at its inner addresses.
 
 An address goes back to the pool and on to another job; an entry left behind would let the old peer's packets in as
-"established" and bill them to the new owner. Removes entries and nothing else. A call opens its own socket, in the
-calling thread's network namespace. Reference: uapi/linux/netfilter/nfnetlink_conntrack.h.
+"established" and bill them to the new owner. Most begin there; one whose peer is the originator comes about when the
+ruleset is flushed in mid-connection, and nobody masquerades the peer's next packet. Removes entries and nothing else. A
+call opens its own socket, in the calling thread's network namespace. Reference:
+uapi/linux/netfilter/nfnetlink_conntrack.h.
 """
 
 import socket
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
 
@@ -22,9 +24,9 @@ _GET_STATS = _CONNTRACK | 5
 
 _TUPLE_ORIG, _ID, _ZONE, _FILTER = 1, 12, 18, 25  # CTA_*
 _TUPLE_IP = 1
-_V4_SOURCE, _V6_SOURCE = 1, 3  # CTA_IP_*
+_V4_SOURCE, _V4_DESTINATION, _V6_SOURCE, _V6_DESTINATION = 1, 2, 3, 4  # CTA_IP_*
 _FILTER_ORIG_FLAGS, _FILTER_REPLY_FLAGS = 1, 2
-_FLAG_IP_SRC = 1 << 0  # CTA_FILTER_FLAG(CTA_IP_SRC)
+_FLAG_IP_SRC, _FLAG_IP_DST = 1 << 0, 1 << 1  # CTA_FILTER_FLAG(CTA_IP_SRC), (CTA_IP_DST)
 _GLOBAL_ENTRIES = 1  # CTA_STATS_GLOBAL_ENTRIES
 
 _FEW = 2000
@@ -40,7 +42,7 @@ class Entry(NamedTuple):
 
 
 def forget(addresses: Iterable[Address]) -> int:
-    """Delete every entry whose original source is one of `addresses`; the number deleted.
+    """Delete every entry whose original source or destination is one of `addresses`; the number deleted.
 
     Raises KernelRefusedError if the kernel refuses; an entry that ends by itself meanwhile is no error.
     """
@@ -49,24 +51,24 @@ def forget(addresses: Iterable[Address]) -> int:
         return 0
     deleted = 0
     with NfnetlinkSocket() as netlink:
-        sources = {address.packed for address in wanted}
+        packed = {address.packed for address in wanted}
         for family, request in _dumps(wanted, _entries_in_all(netlink)):
             dump = netlink.dump(_GET, family, request)
             # All parsed before the first deletion: the dump lies in the buffer that the deletions' answers will use.
-            for entry in parse_entries(dump.buffer, dump.size, sources) if dump else []:
+            for entry in parse_entries(dump.buffer, dump.size, packed) if dump else []:
                 deleted += netlink.change(_DELETE, entry.family, entry.request)
     return deleted
 
 
-def parse_entries(buffer: Buffer, size: int, sources: Collection[bytes]) -> list[Entry]:
-    """The entries of a dump whose original source is among `sources` (packed). Raises KernelRefusedError on garbage."""
+def parse_entries(buffer: Buffer, size: int, addresses: Collection[bytes]) -> list[Entry]:
+    """The entries of a dump that originally go from or to `addresses` (packed). Raises KernelRefusedError on garbage."""
     entries = []
     for _, _, start, end in messages(buffer, size):
         request = b""
         ours = False
         for kind, first, last in attributes(buffer, start + HEADERS, end):
             if kind == _TUPLE_ORIG:
-                ours = _source(buffer, first, last) in sources
+                ours = any(address in addresses for address in _ends(buffer, first, last))
                 request += nested(_TUPLE_ORIG, bytes(buffer[first:last]))
             elif kind in (_ZONE, _ID):
                 # The id makes sure that a new connection with the same ports is not deleted in the old one's place.
@@ -76,13 +78,13 @@ def parse_entries(buffer: Buffer, size: int, sources: Collection[bytes]) -> list
     return entries
 
 
-def _source(buffer: Buffer, first: int, last: int) -> bytes:
+def _ends(buffer: Buffer, first: int, last: int) -> Iterator[bytes]:
+    """Source and destination of a tuple, packed."""
     for part, start, end in attributes(buffer, first, last):
         if part == _TUPLE_IP:
             for field, at, to in attributes(buffer, start, end):
-                if field in (_V4_SOURCE, _V6_SOURCE):
-                    return bytes(buffer[at:to])
-    return b""
+                if field in (_V4_SOURCE, _V4_DESTINATION, _V6_SOURCE, _V6_DESTINATION):
+                    yield bytes(buffer[at:to])
 
 
 def _dumps(addresses: list[Address], entries: int) -> list[tuple[int, bytes]]:
@@ -95,19 +97,22 @@ def _dumps(addresses: list[Address], entries: int) -> list[tuple[int, bytes]]:
         return []
     if entries <= _FEW:
         return [(socket.AF_UNSPEC, b"")]
-    flags = nested(
-        _FILTER,
-        attribute(_FILTER_ORIG_FLAGS, _FLAG_IP_SRC.to_bytes(4, sys.byteorder)),
-        attribute(_FILTER_REPLY_FLAGS, bytes(4)),
-    )
     dumps: list[tuple[int, bytes]] = [
-        (socket.AF_INET, nested(_TUPLE_ORIG, nested(_TUPLE_IP, attribute(_V4_SOURCE, address.packed))) + flags)
+        (socket.AF_INET, _filter(field, flag, address.packed))
         for address in addresses
         if address.version == 4
+        for field, flag in ((_V4_SOURCE, _FLAG_IP_SRC), (_V4_DESTINATION, _FLAG_IP_DST))
     ]
     if len(dumps) < len(addresses):
         dumps.append((socket.AF_INET6, b""))
     return dumps
+
+
+def _filter(field: int, flag: int, address: bytes) -> bytes:
+    """Ask for the entries alone that have this address in this field of their original tuple."""
+    wanted = nested(_TUPLE_ORIG, nested(_TUPLE_IP, attribute(field, address)))
+    flags = attribute(_FILTER_ORIG_FLAGS, flag.to_bytes(4, sys.byteorder)) + attribute(_FILTER_REPLY_FLAGS, bytes(4))
+    return wanted + nested(_FILTER, flags)
 
 
 def _entries_in_all(netlink: NfnetlinkSocket) -> int:

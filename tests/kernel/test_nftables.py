@@ -361,8 +361,11 @@ def test_a_jobs_connections_are_forgotten_and_nobody_elses(topology, chains, few
     # 0: as on a node with many connections, where the kernel is asked to filter.
     monkeypatch.setattr(conntrack, "_FEW", few)
     job = [ip_address(topology.campus.v4), ip_address(topology.campus.v6)]
-    stranger = ["-s", "198.51.100.9", "-d", topology.campus.v4, "-p", "udp", "--sport", "1", "--dport", "2", "-t", "99"]
-    zoned = ["-s", topology.campus.v4, "-d", "192.0.2.9", "-p", "udp", "--sport", "1", "--dport", "2", "-t", "99"]
+    ports = ["-p", "udp", "--sport", "1", "--dport", "2", "-t", "99"]
+    stranger = ["-s", "198.51.100.9", "-d", "192.0.2.33", *ports]
+    # As one looks whose peer went on while nobody masqueraded.
+    turned = ["-s", "198.51.100.9", "-d", topology.campus.v4, *ports]
+    zoned = ["-s", topology.campus.v4, "-d", "192.0.2.9", *ports]
 
     def forget():
         with topology.enter(topology.node):
@@ -374,10 +377,10 @@ def test_a_jobs_connections_are_forgotten_and_nobody_elses(topology, chains, few
     chains.add(plan())
     for peer in (OUTSIDE, OUTSIDE, IN_CAMPUS, OUTSIDE6):
         talk(topology, peer, out=1, back=1)
-    for words in (stranger, [*zoned, "-w", "7"]):
+    for words in (stranger, turned, [*zoned, "-w", "7"]):
         topology.run(topology.node, ["conntrack", "-I", *words], capture_output=True)
-    assert len(entries(topology)) == 6
-    assert forget() == 5
+    assert len(entries(topology)) == 7
+    assert forget() == 6
     (left,) = entries(topology)
     assert "src=198.51.100.9" in left
     assert forget() == 0

@@ -120,12 +120,13 @@ def test_verdict_map():
     assert sorted(nftmessages.parse_gotos(ELEMENTS, len(ELEMENTS))) == [("ac1", "JOB_7.0"), ("ac2", "JOB_8.0")]
 
 
-def test_conntrack_entries_by_their_source():
+def test_conntrack_entries_by_their_ends():
     v4, v6 = ip_address("198.51.100.2").packed, ip_address("2001:db8:1::2").packed
     found = conntrack.parse_entries(CONNECTIONS, len(CONNECTIONS), {v4, v6})
     assert sorted(entry.family for entry in found) == [socket.AF_INET, socket.AF_INET, socket.AF_INET6]
     assert all(len(entry.request) % 4 == 0 for entry in found)
-    assert conntrack.parse_entries(CONNECTIONS, len(CONNECTIONS), {ip_address("192.0.2.1").packed}) == []
+    assert conntrack.parse_entries(CONNECTIONS, len(CONNECTIONS), {ip_address("192.0.2.1").packed})  # where one went to
+    assert conntrack.parse_entries(CONNECTIONS, len(CONNECTIONS), {ip_address("192.0.2.250").packed}) == []
 
 
 PARSERS = [
