@@ -61,7 +61,7 @@ def forget(addresses: Iterable[Address]) -> int:
 
 
 def parse_entries(buffer: Buffer, size: int, addresses: Collection[bytes]) -> list[Entry]:
-    """The entries of a dump that originally go from or to `addresses` (packed). Raises KernelRefusedError on garbage."""
+    """The entries of a dump that originally go from or to `addresses` (packed). KernelRefusedError on garbage."""
     entries = []
     for _, _, start, end in messages(buffer, size):
         request = b""
@@ -103,7 +103,7 @@ def _dumps(addresses: list[Address], entries: int) -> list[tuple[int, bytes]]:
         if address.version == 4
         for field, flag in ((_V4_SOURCE, _FLAG_IP_SRC), (_V4_DESTINATION, _FLAG_IP_DST))
     ]
-    if len(dumps) < len(addresses):
+    if any(address.version == 6 for address in addresses):
         dumps.append((socket.AF_INET6, b""))
     return dumps
 
