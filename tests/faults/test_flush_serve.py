@@ -1,8 +1,8 @@
 """Traffic at full speed through a job's pipe while the agent is killed, or its chains are taken away by others.
 
-What the job was billed is held against the packets at the far side (lab/wire.py): equal where only the agent died. Where
-the ruleset was flushed it is held against the packets on the job's pipe, as the far side then talks to the node itself
-for a moment: less by what the events admit. `pytest -s` prints the figures of docs/nothing-lost.md.
+What the job was billed is held against the packets at the far side (lab/wire.py): equal where only the agent died.
+Where the ruleset was flushed it is held against the packets on the job's pipe, as the far side then talks to the node
+itself for a moment: less by what the events admit. `pytest -s` prints the figures of docs/nothing-lost.md.
 """
 
 import functools
@@ -297,8 +297,9 @@ def test_what_a_flush_costs_is_what_its_event_admits(served: Served) -> None:
     backend = "nftables" if '"nftables"' in served.node.config.read_text() else "iptables"
     environ = {**os.environ, "RULES": str(served.node.directory / "rules")}
     # What the legacy tables tell nobody waits for a tick.
+    assert served.stop() == 0
     served.node.config.write_text("poll_interval = 2\n" + served.node.config.read_text())
-    served.ok("Reload")
+    served.start()
     with busy(served) as job:
         gone = crossed = 0
         for number, (what, script) in enumerate(DAMAGE[backend], 1):

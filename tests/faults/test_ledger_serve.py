@@ -231,6 +231,26 @@ def test_an_agent_killed_while_the_disk_is_full_is_followed_by_one_that_knows_al
     assert [r.state for r in served.records("busy")] == ["done"]
 
 
+def test_a_job_finished_on_a_full_disk_has_its_record_though_the_agent_dies(cramped: tuple[Logged, Disk]) -> None:
+    """The kernel keeps its counts until the record is written."""
+    served, disk = cramped
+    served.ok("Create", job="done")
+    with worker(served, "done", "done") as run:
+        run(give(20_000))
+        disk.fill()
+        run(give(30_000))
+        first = served.ok("Finish", job="done", exit_code=3)["record"]
+    served.die()
+    disk.free()
+    served.start()
+    (record,) = served.records("done")
+    assert record.totals["network"] == first["totals"]["network"]
+    assert sent(first) == octets(20_000, 30_000)
+    # How it ended was known to the dead agent alone, and the record says so.
+    assert record.state == "lost"
+    assert any("exit status is unknown" in note for note in record.notes)
+
+
 def test_an_agent_that_cannot_begin_on_a_full_disk_waits_for_room(cramped: tuple[Logged, Disk]) -> None:
     """Stopped cleanly, it has left nothing beside the file that SQLite could go on in."""
     served, disk = cramped
