@@ -78,6 +78,8 @@ class Agent:
         for chains in {id(chains): chains for chains in self._chains.values()}.values():
             chains.close()
         self._chains.clear()
+        for job in self.held.values():
+            job.chains = None
         self.config = config
 
     # Making a job
@@ -167,10 +169,9 @@ class Agent:
 
     def chains_of(self, job: Job) -> Chains | None:
         """The back end that holds a job's chain; None where it has none, or had it before the last boot."""
-        place = job.row.place
-        if place.backend is None or job.pools is None or job.row.boot_id != self.boot_id:
-            return None
-        return self._backend(place.backend, job.pools)
+        if job.chains is None and job.pools is not None and job.row.boot_id == self.boot_id:
+            job.chains = self._backend(job.row.place.backend or "", job.pools)
+        return job.chains
 
     def take(self, job: Job, chains: dict[str, Sample] | None) -> None:
         """Meter one job: its counter files now, and its chain as of a dump. What cannot be read is noted."""
@@ -391,9 +392,8 @@ class Agent:
     def move_pipe(self, job: Job, pid: int, uid: int) -> None:
         """Lead the job's pipe into the network namespace of a process of `uid`; raises as pipe.move does."""
         namespace = pipe.move(self.netns(job), job.lease, pid=pid, uid=uid)
-        if job.namespace is not None:
-            os.close(job.namespace)
-        job.namespace = namespace
+        job.leave_namespace()
+        os.close(namespace)
 
     def _refuse_what_is_taken(self, job: Job) -> None:
         """Raise InUseError for a name that is somebody else's, before anything of ours is made over it."""
@@ -418,9 +418,7 @@ class Agent:
 
     def take_pipe(self, job: Job) -> None:
         """Remove the job's namespace and pipe; nothing of it can reach its chain any more. Nothing there is fine."""
-        if job.namespace is not None:
-            os.close(job.namespace)
-            job.namespace = None
+        job.leave_namespace()
         pipe.remove(self.netns(job), job.lease.ifname if job.lease else None)
 
     def dismantle(self, job: Job, patience: float = 2.0) -> None:
@@ -463,7 +461,7 @@ class Agent:
             last = job.meter.last((CPU_USER, CPU_SYSTEM))
             job.readers.append(CpuReader(cpu=cpu, cpuacct=cpuacct or cpu, last=last))
         if blkio := directory("blkio"):
-            job.readers.append(BlkioReader(blkio))
+            job.readers.append(BlkioReader(blkio, bfq="bfq" in procs.schedulers()))
         if pids := directory("pids"):
             job.readers.append(PidsReader(pids))
         if unified:

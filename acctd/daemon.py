@@ -124,6 +124,7 @@ class Daemon:
             self.agent.abandon(job)
             raise
         job.row = replace(job.row, phase="made")
+        job.leave_namespace()
         self.jobs[spec.id] = job
         self._keep_watch(job)
         self._guard([job])
@@ -345,7 +346,9 @@ class Daemon:
     def _watch_member(self, job: Job) -> None:
         """Wait for one of its processes; when that ends, for another one, until there is none."""
         terms = job.row.terms
-        if terms.member is not None and terms.ended_ns is None:
+        if terms.member is None or terms.ended_ns is not None:
+            return
+        with self._telling(job):  # descriptors may be short: then it is not known when it ends, until somebody says so
             self._vigil.watch(job.spec.id, terms.member, lambda: self._member_ended(job))
 
     def _member_ended(self, job: Job) -> None:

@@ -12,7 +12,7 @@ from acctd.meter import Meter, State
 from acctd.metrics import NETWORK_BYTES, NETWORK_PACKETS, Readings
 from acctd.model import JobSpec, chain_name
 from acctd.network import pool
-from acctd.network.backend import ChainPlan, Counts, Pools, Sample
+from acctd.network.backend import ChainPlan, Chains, Counts, Pools, Sample
 from acctd.rows import Account, OpenJob, Place
 from collectors.blkio import BlkioReader
 from collectors.cpu import CpuReader
@@ -52,6 +52,7 @@ class Job:
     lease: pool.Lease | None = None
     pools: Pools | None = None  # those of the lease
     plan: ChainPlan | None = None  # what its chain is made from; None without a pipe
+    chains: Chains | None = None  # the back end that holds its chain, once it was asked for
     families: State = field(default_factory=dict)  # see ledger.Account
     namespace: int | None = None
     readers: list[Reader] = field(default_factory=list)
@@ -110,6 +111,8 @@ class Job:
 
     def _stands_lower(self, counts: Counts) -> bool:
         """Whether the chain stands lower than when it was read last, which no counter does by itself."""
+        if counts == self.counts:
+            return False
         return any(
             counts[rule].bytes < value for (_, rule), value in self.meter.last(NETWORK[:1]).items() if rule in counts
         )
@@ -125,6 +128,10 @@ class Job:
         for reader in self.readers:
             reader.close()
         self.readers.clear()
+        self.leave_namespace()
+
+    def leave_namespace(self) -> None:
+        """Give the descriptor of its network namespace back; it can be had by its name."""
         if self.namespace is not None:
             os.close(self.namespace)
             self.namespace = None

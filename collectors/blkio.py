@@ -126,12 +126,15 @@ _V1: tuple[tuple[str, Parser], ...] = (
 class BlkioReader(CombiningReader):
     """Reads one job's block I/O: `directory` is its cgroup in the blkio hierarchy (v1) or the unified one (v2)."""
 
-    def __init__(self, directory: CgroupDir) -> None:
+    def __init__(self, directory: CgroupDir, *, bfq: bool = True) -> None:
+        """`bfq`: whether some disk of this host is scheduled by it; elsewhere its files hold nothing."""
         if directory.has("io.stat"):
             super().__init__(present(directory, [("io.stat", parse_io_stat)]))
             return
         files = []
         for name, parser in _V1:
+            if "bfq" in name and not bfq:
+                continue
             recursive = f"{name}_recursive"
             files.append((recursive if directory.has(recursive) else name, _remembering(parser)))
         super().__init__(present(directory, files))

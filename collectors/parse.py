@@ -100,4 +100,9 @@ def named(metrics: Mapping[bytes, Metric]) -> Parser:
 def single(metric: Metric) -> Parser:
     """A parser for a file whose one number is this metric."""
     key = (metric, "")
-    return lambda text, path: {key: parse_number(text, path)}
+    none = {key: 0}  # one for all jobs: most of these files hold a zero for most of a job's life
+
+    def parse(text: bytes, path: str) -> Readings:
+        return none if text == b"0\n" else {key: parse_number(text, path)}
+
+    return parse

@@ -7,6 +7,7 @@ controller and no policy. Kernel docs: admin-guide/cgroup-v1/cgroups.rst, admin-
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +49,18 @@ class CounterFile:
     cgroup.procs). A file the kernel does not have, or whose cgroup is gone, reads as None.
     """
 
-    __slots__ = ("_fd", "_size", "path")
+    __slots__ = ("_fd", "_place", "_size", "name")
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, place: str, name: str) -> None:
+        # Apart: a thousand jobs have eighteen thousand files, and those of one directory share its path.
+        self._place = sys.intern(place)
+        self.name = name
         self._size = 4096
         self._fd = _open_or_none(self.path)
+
+    @property
+    def path(self) -> str:
+        return f"{self._place}/{self.name}"
 
     def read(self) -> bytes | None:
         """The file's bytes now, or None. Raises KernelRefusedError on any other failure."""
@@ -117,7 +124,8 @@ class CgroupDir:
 
     def counter(self, file: str) -> CounterFile:
         """A kept descriptor on one counter file; the caller closes it."""
-        return CounterFile(self._file(file))
+        self._check(file)
+        return CounterFile(self._place, file)
 
     def read(self, file: str) -> bytes | None:
         """A file's bytes, opened afresh; None where there is no such file or the cgroup is gone."""
@@ -242,9 +250,17 @@ class CgroupDir:
             raise _refusal("open", path, e) from e
 
     def _file(self, name: str) -> str:
+        self._check(name)
+        return f"{self._place}/{name}"
+
+    @property
+    def _place(self) -> str:
+        return "/".join((str(self.mount), *self.parts))  # no Path: it would keep each part for ever
+
+    @staticmethod
+    def _check(name: str) -> None:
         if "/" in name or name in ("", ".", ".."):
             raise UsageError(f"cgroup file {name!r} is not an interface file name")
-        return "/".join((str(self.mount), *self.parts, name))  # no Path: it would keep each part for ever
 
 
 def _open_or_none(path: str) -> int | None:

@@ -28,6 +28,7 @@ HEADERS = 20  # nlmsghdr, then nfgenmsg: where a message's attributes begin
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _NFGENMSG = struct.Struct(">BBH")  # family, version, resource id
 _ATTRIBUTE = struct.Struct("=HH")
+_STEP = 1 << 18  # a dump's buffer grows by: 1000 jobs take 2.5 MB
 _ROOM = 1 << 16  # the kernel fills at most 32 KiB of one receive
 _ATTEMPTS = 20
 _SECONDS = 10  # a dump answers at once; a socket that stays silent that long is broken
@@ -226,7 +227,7 @@ class NfnetlinkSocket:
     def _receive_at(self, at: int) -> int:
         """Receive one part behind what is already there."""
         if len(self._buffer) - at < _ROOM:
-            self._buffer.extend(bytes(len(self._buffer)))
+            self._buffer.extend(bytes(_STEP))
         try:
             with memoryview(self._buffer) as whole, whole[at:] as room:
                 size = self._socket.recv_into(room, 0, socket.MSG_TRUNC)

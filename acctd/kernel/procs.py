@@ -182,6 +182,19 @@ def _device_of(path: str, root: Path) -> str:
     return device
 
 
+# /sys/block/<name>/queue/scheduler; the one in use stands in brackets:
+#   [none] mq-deadline kyber bfq
+def schedulers(root: Path = Path("/")) -> set[str]:
+    """The I/O schedulers that the disks of this host use."""
+    found = set()
+    for path in (root / "sys/block").glob("*/queue/scheduler"):
+        try:
+            found.add(path.read_text().partition("[")[2].partition("]")[0])
+        except OSError:
+            continue  # unplugged since it was listed
+    return found
+
+
 def disks(root: Path = Path("/")) -> dict[str, str]:
     """Whole block devices that hold something: "major:minor", what block I/O is counted by, and the kernel's serial
     number of the disk (since 5.15, "" before), which tells a later disk under the same number.
