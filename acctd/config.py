@@ -4,7 +4,6 @@ Keys, types, ranges and defaults are declared once, in the tables below; docs/ac
 Nothing here looks at the kernel: whether this host can do what is asked is found out by whoever does it.
 """
 
-import difflib
 import math
 import re
 import tomllib
@@ -217,6 +216,8 @@ class _Reader:
         for name, value in data.items():
             key = prefix + name
             if name not in known:
+                import difflib  # only for a mistake: half a megabyte
+
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
                 self.mistakes.append(f"{key} is no key of acctd; {hint}")

@@ -4,12 +4,13 @@ Pure data and its encoding; ledger.py stores it, and a job's cgroups carry a cop
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import msgspec
 
 from acctd.meter import State, Stored
-from acctd.model import JobSpec, Limits, Owner, parse_class
+from acctd.model import DestinationClass, JobSpec, Limits, Owner, parse_class
 
 Phase = Literal["making", "made", "running", "closed"]
 """making: kernel objects may be half there. made: all there, and the agent waits for somebody to enter. running: the
@@ -128,7 +129,13 @@ def _spec(raw: dict[str, Any]) -> JobSpec:
         owner=Owner(**raw["owner"]),
         limits=Limits(**raw["limits"]),
         network=raw["network"],
-        classes=tuple(parse_class(cls["name"], cls["networks"]) for cls in raw["classes"]),
+        classes=tuple(_class(cls["name"], *cls["networks"]) for cls in raw["classes"]),
         tags=raw["tags"],
         parent=raw.get("parent"),
     )
+
+
+@lru_cache(maxsize=64)
+def _class(name: str, *networks: str) -> DestinationClass:
+    """One object for all jobs that have the same."""
+    return parse_class(name, list(networks))

@@ -75,7 +75,8 @@ class _Service:
         self._inherited = inherited
         self._daemon = Daemon(agent)
         self._server = Server(self._daemon, Methods(self._daemon, reload=self.reload, leave=self.leave))
-        self._leaving = asyncio.Event()
+        self._leaving = False
+        self._told = asyncio.Event()  # to leave, or of another interval
         self._ticking: set[asyncio.Task[float]] = set()
 
     async def run(self) -> None:
@@ -110,7 +111,8 @@ class _Service:
 
     def leave(self) -> None:
         """End run(); the jobs go on."""
-        self._leaving.set()
+        self._leaving = True
+        self._told.set()
 
     def reload(self) -> None:
         """Take the configuration file as it is now. Raises ConfigError and changes nothing if it is wrong.
@@ -128,6 +130,7 @@ class _Service:
             if fixed:
                 log.warning("%s changed in the configuration: taken up at the next restart", ", ".join(fixed))
             self._daemon.reconfigure(new)
+            self._told.set()
             log.info("configuration read again")
         except AcctdError as e:
             log.error("configuration not taken: %s", e)
@@ -148,12 +151,14 @@ class _Service:
     async def _tick_until_told(self) -> None:
         """A tick each interval, by a clock that no slow tick shifts; one that is due while another runs is missed."""
         loop = asyncio.get_running_loop()
-        due = loop.time()
-        while not self._leaving.is_set():
-            due = max(due + self._config.poll_interval, loop.time())
+        last = loop.time()
+        while not self._leaving:
+            self._told.clear()
+            due = max(last + self._config.poll_interval, loop.time())
             try:
-                await asyncio.wait_for(self._leaving.wait(), due - loop.time())
+                await asyncio.wait_for(self._told.wait(), due - loop.time())
             except TimeoutError:
+                last = due
                 task = loop.create_task(self._daemon.tick())
                 self._ticking.add(task)
                 task.add_done_callback(self._ticked)

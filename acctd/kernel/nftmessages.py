@@ -4,8 +4,10 @@ Pure functions of a message or a dump: nftrules.py asks for them, nfevents.py he
 KernelRefusedError on bytes that cannot be what the kernel means. Reference: uapi/linux/netfilter/nf_tables.h.
 """
 
+import sys
 import zlib
 from collections.abc import Collection, Iterator
+from hashlib import blake2b
 from typing import NamedTuple
 
 from acctd.kernel.nfnetlink import HEADERS, NLM_F_DUMP_INTR, Buffer, attributes, malformed, messages
@@ -97,9 +99,11 @@ def parse_rules(buffer: bytes | bytearray, size: int, known: Known | None = None
         # otherwise, the key holds a live value, is never met again, and the message is parsed every time.
         cut = buffer.find(b"counter\0", start, end)
         if cut < 0:
-            key = bytes(buffer[start + HEADERS : end])
+            text = bytes(buffer[start + HEADERS : end])
         else:
-            key = bytes(buffer[start + HEADERS : cut + 16] + buffer[cut + 36 : end])
+            text = bytes(buffer[start + HEADERS : cut + 16] + buffer[cut + 36 : end])
+        # A digest: the texts themselves would be kept for as long as the chains stand.
+        key = blake2b(text, digest_size=16).digest()
         rule = known.get(key)
         if rule is None:
             rule = parse_rule(buffer, start, end)
@@ -192,7 +196,8 @@ def parse_chain(buffer: Buffer, start: int, end: int) -> tuple[str, str, Base | 
 
 
 def _string(buffer: Buffer, first: int, last: int) -> str:
-    return bytes(buffer[first:last]).split(b"\0", 1)[0].decode(errors="replace")
+    # Interned: each name stands in a thousand rules.
+    return sys.intern(bytes(buffer[first:last]).split(b"\0", 1)[0].decode(errors="replace"))
 
 
 def _comment(buffer: Buffer, first: int, last: int) -> str:

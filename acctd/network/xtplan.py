@@ -124,7 +124,7 @@ def masquerade(family: Family, pool: Network) -> list[Step]:
     return [Step(POSTROUTING, rule, "MASQUERADE")]
 
 
-@lru_cache(maxsize=1 << 14)  # the ways of all jobs a node may have
+@lru_cache(maxsize=1 << 12)  # the ways of a thousand jobs
 def _way(version: int, root: str, path: str, chain: str) -> list[Step]:
     through = nodes(root, path)
     steps = [
@@ -134,7 +134,7 @@ def _way(version: int, root: str, path: str, chain: str) -> list[Step]:
     return [*steps, Step(through[-1], _rule(version, root, f"{PREFIX}{path}", chain, goto=True), chain)]
 
 
-@lru_cache(maxsize=1 << 15)
+@lru_cache(maxsize=1 << 13)
 def _rule(version: int, root: str, interface: str, target: str, *, goto: bool = False) -> bytes:
     inward, outward = (interface, "") if root == OUT_OF else ("", interface)
     return xtrules.entry(_FAMILIES[version], xtrules.verdict(target), inward=inward, outward=outward, goto=goto)
