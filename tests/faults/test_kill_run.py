@@ -13,33 +13,10 @@ import pytest
 
 from acctd.cgroup.layout import discover
 from acctd.ledger import FILE, Ledger
+from tests.faults.bed import CHAINS
 from tests.kernel.conftest import Node
 
-# Runs acctd with one function replaced by one that kills the process before or after the n-th call of the original.
-DYING = """
-import importlib, os, signal, sys
-point, when, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-module, _, name = point.partition(":")
-*outer, last = name.split(".")
-owner = importlib.import_module(module)
-for part in outer:
-    owner = getattr(owner, part)
-original, calls = getattr(owner, last), 0
-
-def dying(*arguments, **options):
-    global calls
-    calls += 1
-    if (calls, when) == (number, "before"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = original(*arguments, **options)
-    if (calls, when) == (number, "after"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-
-setattr(owner, last, dying)
-from acctd.cli.main import main
-main(sys.argv[4:])
-"""
+DYING = "from tests.faults.dying import main; main()"
 
 # The name {chains} stands for the back end's class. JobCgroups.remove is called for the sentinel cgroup first.
 MAKING = [
@@ -83,7 +60,6 @@ BEGUN = [
     ("acctd.ledger:Ledger.forget", "before", 1),
     ("acctd.ledger:Ledger.forget", "after", 1),
 ]
-CHAINS = {"nftables": "acctd.network.nftables:Nftables", "iptables": "acctd.network.iptables:Iptables"}
 
 
 def _name(point: object) -> str | None:
