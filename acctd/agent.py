@@ -18,17 +18,17 @@ from acctd.cgroup.driver import arm_block_counters
 from acctd.cgroup.layout import Layout, discover
 from acctd.config import Config
 from acctd.errors import AcctdError, InUseError, KernelRefusedError, LedgerError, NotPermittedError
-from acctd.job import NETWORK_NAMES, Ending, Job, boottime, hold, listed
+from acctd.job import Ending, Job, boottime, cgroup_name, hold, listed
 from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
 from acctd.ledger import FILE, Ledger, move_aside
-from acctd.meter import Meter, add, named
-from acctd.metrics import BLOCK, CPU_SYSTEM, CPU_USER
+from acctd.meter import add
+from acctd.metrics import CPU_SYSTEM, CPU_USER
 from acctd.model import JobSpec, Record, chain_name
 from acctd.network import host, pipe, pool
 from acctd.network.backend import Chains, Pools, Sample
 from acctd.network.probe import choose
-from acctd.rows import Account, Phase, Place, Terms, encode_row
-from collectors.blkio import BlkioReader
+from acctd.rows import OpenJob, Phase, Place, Terms, encode_row
+from collectors.blkio import BlkioReader, OwnBlkioReader
 from collectors.cpu import CpuReader
 from collectors.memory import MemoryReader
 from collectors.pids import PidsReader
@@ -86,6 +86,8 @@ class Agent:
 
     def create(self, spec: JobSpec, parent: Job | None = None, terms: Terms | None = None) -> Job:
         """Lease, cgroups, pipe and chain for a job; on failure nothing of it is left. A family lies in its parent."""
+        if parent is not None and not parent.row.terms.families:
+            self.expect_families(parent)
         nat = spec.network == "nat"
         chains = self._backend(self.config.network.backend, self.pools) if nat else None
         if parent is not None:
@@ -184,7 +186,7 @@ class Agent:
             for readings in changes:
                 job.unstored = True
                 job.meter.feed(readings)
-                if isinstance(reader, BlkioReader):
+                if isinstance(reader, BlkioReader | OwnBlkioReader):
                     job.find_stacked(readings)
         if chains is not None:
             job.take_sample(chains.get(chain_name(job.spec.id)))
@@ -210,6 +212,8 @@ class Agent:
     def _open_ledger(self, *, lasting: bool) -> Ledger:
         path = self.config.state_dir / FILE
         try:
+            if lasting and not path.exists() and _new(path).exists():
+                _new(path).rename(path)  # whoever was to put it here died
             if lasting and path.is_dir():
                 raise LedgerError(f"ledger {path} is a directory", corrupt=True)
             ledger = Ledger(path)
@@ -229,31 +233,35 @@ class Agent:
 
         Raises LedgerError if there can be no new one now, and goes on with the old.
         """
-        aside = move_aside(self.ledger.path)
-        fresh = Ledger(self.ledger.path)
-        fresh.begin_numbers_anew()
-        self.ledger.close()
-        self.ledger = fresh
-        seqs: dict[int, int] = {}
-        for seq, job in sorted(self.held.items()):
-            parent = seqs.get(job.row.parent) if job.row.parent is not None else None
-            phase: Phase = "closed" if job in self.leftovers else job.row.phase
-            row = replace(job.row, phase=phase, account=job.account, parent=parent, seen_ns=boottime())
-            job.row = self.ledger.reinstate(row)
-            seqs[seq] = job.row.seq
+        path = self.ledger.path
+        with Ledger(_empty(path)) as new:
+            new.begin_numbers_anew()
+            rows: dict[int, OpenJob] = {}
+            for seq, job in sorted(self.held.items()):
+                phase: Phase = "closed" if job in self.leftovers else job.row.phase
+                parent = rows[job.row.parent].seq if job.row.parent in rows else None
+                row = replace(job.row, phase=phase, account=job.account, parent=parent, seen_ns=boottime())
+                rows[seq] = new.reinstate(row)
+        aside = self._replace_ledger()
+        for seq, row in rows.items():
+            self.held[seq].row = row
         self.held = {job.row.seq: job for job in self.held.values()}
+        return aside
+
+    def _replace_ledger(self) -> Path:
+        """Put the new ledger, whole and closed, into the old one's place; where that is now."""
+        path = self.ledger.path
+        self.ledger.close()
+        aside = move_aside(path)
+        # Should we die here, the next agent finds it.
+        _new(path).rename(path)
+        self.ledger = Ledger(path)
         return aside
 
     def restore_ledger(self) -> Path | None:
         """Write the ledger again that was taken away while it was open; where that is which lies in its place now."""
-        path = self.ledger.path
-        new = path.with_name(f"{path.name}.new")
-        new.unlink(missing_ok=True)
-        self.ledger.copy_to(new)
-        aside = move_aside(path)
-        self.ledger.close()
-        new.rename(path)
-        self.ledger = Ledger(path)
+        self.ledger.copy_to(_empty(self.ledger.path))
+        aside = self._replace_ledger()
         return aside if aside.exists() else None
 
     def mend(self, jobs: Iterable[Job]) -> list[tuple[Job, str]]:
@@ -262,7 +270,11 @@ class Agent:
         for job in jobs:
             if (chains := self.chains_of(job)) is not None:
                 by_backend.setdefault(chains, []).append(job)
-        return [each for chains, mine in by_backend.items() for each in mending.mend(chains, mine, self._network_lock)]
+        return [
+            each
+            for chains, mine in by_backend.items()
+            for each in mending.mend(chains, mine, self._network_lock, self.store)
+        ]
 
     # Finishing
 
@@ -289,59 +301,20 @@ class Agent:
         return self.record(job, ending)
 
     def sign_off(self, job: Job, record: Record, patience: float = 2.0) -> None:
-        """Commit the record, tell the jobs above, and remove what is left in the kernel. Raises LedgerError.
+        """Commit the record, tell the parent, and remove what is left in the kernel. Raises LedgerError.
 
         Cgroups that stay busy for `patience` seconds are left to clear_up().
         """
-        with self._above(job) as above:
-            told = [(other, self._told(job, record, other)) for other in above]
-            self.ledger.sign_off(job.row.seq, record, [(other.row.seq, account) for other, account in told])
-            for other, account in told:
-                other.families, other.unstored = account.families, True
-                other.meter = Meter.restore(account.meter)
+        names = job.apart if job.row.parent is not None else ()
+        inside = {name: record.totals[name] for name in names if name in record.totals}
+        self.ledger.sign_off(job.row.seq, record, inside)
+        if job.row.parent is not None and (parent := self.held.get(job.row.parent)) is not None:
+            parent.families, parent.unstored = add(parent.families, inside), True
         try:
             self.dismantle(job, patience)
         except AcctdError as e:
             self.trouble.append(f"job {job.spec.id}: {e}")
             self.leftovers.append(job)
-
-    @contextmanager
-    def _above(self, job: Job) -> Iterator[list[Job]]:
-        """The jobs that a family lies in, its parent first; those that nobody holds any more are opened meanwhile."""
-        rows = {row.seq: row for row in self.ledger.open_jobs()} if job.row.parent is not None else {}
-        above: list[Job] = []
-        opened: list[Job] = []
-        seq = job.row.parent
-        while seq is not None and (seq in self.held or seq in rows):
-            if (other := self.held.get(seq)) is None:
-                other = hold(rows[seq], discover(rows[seq].place.controllers))
-                self.open_readers(other)
-                opened.append(other)
-            above.append(other)
-            seq = other.row.parent
-        try:
-            yield above
-        finally:
-            for other in opened:
-                other.close()
-
-    def _told(self, job: Job, record: Record, other: Job) -> Account:
-        """The account of a job above, once a family has ended.
-
-        What the family counted on a chain of its own is in no counter of its parent's. v1's block counters sum over
-        the cgroups that are there: they hold what the family did until it is removed, and are read before that.
-        """
-        self.take(other, None)
-        account = other.account
-        if other.row.seq == job.row.parent:
-            own = {name: record.totals[name] for name in NETWORK_NAMES if name in record.totals}
-            account = replace(account, families=add(account.families, own))
-        blkio = other.cgroups.layout.of("blkio")
-        if blkio is not None and blkio.version == 1:
-            meter = Meter.restore(account.meter)
-            meter.expect_loss(named(job.meter.last(BLOCK)))
-            account = replace(account, meter=meter.stored())
-        return account
 
     def clear_up(self) -> None:
         """Try again to remove what could not be removed."""
@@ -461,11 +434,26 @@ class Agent:
             last = job.meter.last((CPU_USER, CPU_SYSTEM))
             job.readers.append(CpuReader(cpu=cpu, cpuacct=cpuacct or cpu, last=last))
         if blkio := directory("blkio"):
-            job.readers.append(BlkioReader(blkio, bfq="bfq" in procs.schedulers()))
+            bfq = "bfq" in procs.schedulers()
+            own = job.row.terms.families and not blkio.has("io.stat")
+            job.readers.append(OwnBlkioReader(blkio, cgroup_name(""), bfq=bfq) if own else BlkioReader(blkio, bfq=bfq))
         if pids := directory("pids"):
             job.readers.append(PidsReader(pids))
         if unified:
             job.readers.append(PressureReader(unified))
+
+    def expect_families(self, job: Job) -> None:
+        """Read a job from now on so that families inside it are not in its own counts, where they would stay unevenly.
+
+        v1 sums block I/O over the cgroups that are there; when an ended one leaves the sum, nobody is told.
+        """
+        self.take(job, None)
+        job.row = replace(job.row, terms=replace(job.row.terms, families=True))
+        self.ledger.set_terms(job.row.seq, job.row.terms)
+        for reader in job.readers:
+            reader.close()
+        job.readers.clear()
+        self.open_readers(job)
 
     def record(self, job: Job, ending: Ending) -> Record:
         """Its account as of the last reading."""
@@ -491,3 +479,15 @@ class Agent:
             notes=tuple(job.notes),
             parent=row.spec.parent,
         )
+
+
+def _new(path: Path) -> Path:
+    """Where a ledger is written that is to replace another one."""
+    return path.with_name(f"{path.name}.new")
+
+
+def _empty(path: Path) -> Path:
+    """The same, with nothing there."""
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{_new(path)}{suffix}").unlink(missing_ok=True)
+    return _new(path)

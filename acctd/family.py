@@ -1,13 +1,13 @@
 """Families in families: which jobs lie inside which, what they used together, and which job a process is in.
 
-Pure functions over the jobs that are held. A parent's cgroups count its families' CPU, memory and block I/O by
-themselves; a family with a pipe of its own is counted on a chain of its own, and that is added here, once.
+Pure functions over the jobs that are held. A parent's cgroups count its families' CPU and memory by themselves, and on
+v2 their block I/O; what v1 counts of block I/O, and a chain of a family's own, is added here, once.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 
-from acctd.job import NETWORK_NAMES, Job
+from acctd.job import Job
 from acctd.meter import State, add
 
 _JOB = re.compile(r"/job_([^/]+)")
@@ -30,11 +30,11 @@ def below(jobs: Mapping[str, Job], job: Job) -> list[Job]:
 
 def totals(job: Job, families: Iterable[Job]) -> State:
     """A job's totals with those of the families below it, living and ended."""
-    networks = [job.families]
+    inside = [job.families]
     for family in families:
         own = family.meter.now()
-        networks += [{name: own[name] for name in NETWORK_NAMES if name in own}, family.families]
-    return add(job.meter.now(), *networks)
+        inside += [{name: own[name] for name in family.apart if name in own}, family.families]
+    return add(job.meter.now(), *inside)
 
 
 def innermost(jobs: Mapping[str, Job], cgroups: Iterable[str]) -> Job | None:

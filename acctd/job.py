@@ -9,12 +9,12 @@ from acctd.cgroup.driver import JobCgroups
 from acctd.cgroup.layout import Layout
 from acctd.kernel import procs
 from acctd.meter import Meter, State
-from acctd.metrics import NETWORK_BYTES, NETWORK_PACKETS, Readings
+from acctd.metrics import BLOCK, NETWORK_BYTES, NETWORK_PACKETS, Readings
 from acctd.model import JobSpec, chain_name
 from acctd.network import pool
 from acctd.network.backend import ChainPlan, Chains, Counts, Pools, Sample
 from acctd.rows import Account, OpenJob, Place
-from collectors.blkio import BlkioReader
+from collectors.blkio import BlkioReader, OwnBlkioReader
 from collectors.cpu import CpuReader
 from collectors.memory import MemoryReader
 from collectors.pids import PidsReader
@@ -24,8 +24,9 @@ NETWORK = (NETWORK_BYTES, NETWORK_PACKETS)
 """The metrics that a job's chain counts."""
 
 NETWORK_NAMES = tuple(metric.name for metric in NETWORK)
+BLOCK_NAMES = tuple(metric.name for metric in BLOCK)
 
-Reader = BlkioReader | CpuReader | MemoryReader | PidsReader | PressureReader
+Reader = BlkioReader | OwnBlkioReader | CpuReader | MemoryReader | PidsReader | PressureReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,12 @@ class Job:
     def account(self) -> Account:
         """What the ledger is to know of it."""
         return Account(self.meter.stored(), self.incarnation, tuple(self.notes), self.stacked, self.families)
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """The metrics whose counts its parent has not in its own: a chain's, and v1's block I/O, see open_readers()."""
+        blkio = self.cgroups.layout.of("blkio")
+        return NETWORK_NAMES + (BLOCK_NAMES if blkio is not None and blkio.version == 1 else ())
 
     def note(self, sentence: str) -> None:
         """Say something about this account, once."""

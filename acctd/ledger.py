@@ -27,6 +27,7 @@ from acctd.errors import (
     NotPermittedError,
     UsageError,
 )
+from acctd.meter import State, add
 from acctd.model import JobSpec, Record, chain_name
 from acctd.rows import Account, Event, OpenJob, Place, Terms, decode_columns
 
@@ -244,10 +245,10 @@ class Ledger:
             ).rowcount
         return self._open_jobs("WHERE seq = ?", job.seq)[0] if changed == 1 else None
 
-    def sign_off(self, seq: int, record: Record, above: Iterable[tuple[int, Account]] = ()) -> None:
+    def sign_off(self, seq: int, record: Record, inside: State | None = None) -> None:
         """Commit the final record, once and on stable storage, and mark the job closed.
 
-        With it, in the same transaction, the new accounts of the jobs (by seq) whose totals include it.
+        In the same transaction a family's parent is told what the family used that is not in its own counts (`inside`).
         """
         body = msgspec.json.encode(record)
         self._db.execute("PRAGMA synchronous = FULL")
@@ -259,12 +260,17 @@ class Ledger:
                     (seq, record.id, record.owner, record.ended, body, _digest(last[0] if last else "", body)),
                 )
                 db.execute("UPDATE job SET phase = 'closed' WHERE seq = ?", (seq,))
-                db.executemany(
-                    "UPDATE job SET account = ? WHERE seq = ?",
-                    [(msgspec.json.encode(account), other) for other, account in above],
-                )
+                if inside:
+                    self._tell_parent(seq, inside)
         finally:
             self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def _tell_parent(self, seq: int, inside: State) -> None:
+        parent = self._row("SELECT p.seq, p.account FROM job p JOIN job j ON p.seq = j.parent WHERE j.seq = ?", seq)
+        if parent is not None:
+            account = msgspec.json.decode(parent[1], type=Account)
+            body = msgspec.json.encode(replace(account, families=add(account.families, inside)))
+            self._db.execute("UPDATE job SET account = ? WHERE seq = ?", (body, parent[0]))
 
     def add_event(self, event: Event) -> Event:
         """Keep an event; gives it with its number."""

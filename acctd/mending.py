@@ -14,13 +14,17 @@ from acctd.network.backend import Chains
 
 
 def mend(
-    chains: Chains, jobs: Sequence[Job], lock: Callable[[], AbstractContextManager[None]]
+    chains: Chains,
+    jobs: Sequence[Job],
+    lock: Callable[[], AbstractContextManager[None]],
+    store: Callable[[Sequence[Job]], None],
 ) -> list[tuple[Job, str]]:
     """Mend the chains, of those that these jobs have in one back end, that do not count all of their packets.
 
     The jobs mended, and what befell each. What a chain had counted when it was read last is kept; what passed from then
     on until now is lost, and how much that can be at most is said, also in the job's notes. `lock` keeps other acctd
-    from changing shared parts meanwhile. Raises KernelRefusedError: then it is to be tried again.
+    from changing shared parts meanwhile; `store` puts accounts into the ledger. Raises KernelRefusedError: then it is
+    to be tried again.
     """
     broken = chains.broken([job.plan for job in jobs if job.plan is not None])
     cut_off = [job for job in jobs if job.damage is None and job.plan and job.plan.chain in broken]
@@ -33,6 +37,13 @@ def mend(
             job.take_sample(samples.get(job.plan.chain))
     damaged = [job.plan for job in jobs if job.damage is not None and job.plan is not None]
     whole = [job.plan for job in cut_off if job.damage is None and job.plan is not None]
+    # Where the chain is gone, the intent to count from zero goes first: if we die behind it, what the new chain counts
+    # is taken. A stranger's chain in its place must not be taken for it.
+    gone = [job for job in jobs if job.damage is not None and job.plan is not None and job.plan.chain not in samples]
+    for job in gone:
+        _rebase(job)
+    if gone:
+        store(gone)
     with lock():
         for pools in {job.pools for job in jobs if job.pools is not None}:
             host.enable_forwarding(ipv6=pools.v6 is not None)
@@ -62,8 +73,14 @@ def _go_on(job: Job, *, anew: bool) -> str:
     what = job.damage or "its chain was cut off"
     sentence = f"{what} by another program and mended; {bound(job, passed)} of the job so far are not counted"
     if anew:
-        job.meter.rebase(NETWORK)
-        job.incarnation = job.counts = None
+        _rebase(job)
     job.damage = None
     job.note(sentence)
     return sentence
+
+
+def _rebase(job: Job) -> None:
+    """What its chain counts is at zero now, and adds to what was metered. Twice is fine."""
+    job.meter.rebase(NETWORK)
+    job.incarnation = job.counts = None
+    job.unstored = True

@@ -1,4 +1,4 @@
-"""Readings become totals: monotonic sums that survive lost counters, ended families and a restart of whoever reads.
+"""Readings become totals: monotonic sums that survive lost counters and a restart of whoever reads.
 
 Pure arithmetic on dictionaries; reads and stores nothing itself. A total never goes back and nothing is added twice:
 a counter that comes back lower is taken to have forgotten something, and only what it gains from there on counts,
@@ -7,15 +7,11 @@ unless the caller knows that it began anew at zero and says so first (`rebase`).
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
 
 from acctd.metrics import BY_NAME, Key, Metric, Readings
 
 State = dict[str, dict[str, int]]
 """Metric name -> label -> value: how totals are stored and published."""
-
-_PENDING = 8
-"""Ended families whose counts may still be inside the parent's counter, at most; the kernel frees them in a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +20,17 @@ class Stored:
 
     totals: State = field(default_factory=dict)
     kept: State = field(default_factory=dict)
-    pending: list[State] = field(default_factory=list)
 
 
 class Meter:
     """One job's totals."""
 
-    __slots__ = ("_kept", "_pending", "totals")
+    __slots__ = ("_kept", "totals")
 
     def __init__(self) -> None:
         self.totals: dict[Key, int] = {}
         # What belongs to a total and is not in its counter; almost always empty.
         self._kept: dict[Key, int] = {}
-        # Per ended family, what is in our counter as long as the kernel has not let go of the family's cgroup.
-        self._pending: list[dict[Key, int]] = []
 
     def feed(self, readings: Readings) -> None:
         """Take in what the kernel counts now. A metric that is absent keeps its total."""
@@ -55,8 +48,9 @@ class Meter:
                 total = value + kept[key] if key in kept else value
                 before = totals.get(key, 0)
                 if total < before:
-                    kept[key] = kept.get(key, 0) + self._forgotten(key, before - total)
-                    total = value + kept[key]
+                    # What it gained since the last reading cannot be told from what it lost.
+                    kept[key] = before - value
+                    total = before
                 totals[key] = total
 
     def rebase(self, metrics: Iterable[Metric]) -> None:
@@ -65,11 +59,6 @@ class Meter:
         for key, total in self.totals.items():
             if key[0] in wanted:
                 self._kept[key] = total
-
-    def expect_loss(self, state: State) -> None:
-        """An ended family's counts are inside our counters now, and will leave them once the kernel forgets it."""
-        if amounts := {key: value for key, value in keyed(state).items() if value}:
-            self._pending = [*self._pending[1 - _PENDING :], amounts]
 
     def last(self, metrics: tuple[Metric, ...]) -> Readings:
         """What the kernel's counters stood at when last read, for a reader that must go on from there."""
@@ -85,7 +74,7 @@ class Meter:
 
     def stored(self) -> Stored:
         """All of it, for the ledger."""
-        return Stored(named(self.totals), named(self._kept), [named(amounts) for amounts in self._pending])
+        return Stored(named(self.totals), named(self._kept))
 
     @classmethod
     def restore(cls, stored: Stored) -> "Meter":
@@ -93,27 +82,7 @@ class Meter:
         meter = cls()
         meter.totals = keyed(stored.totals)
         meter._kept = keyed(stored.kept)
-        meter._pending = [keyed(amounts) for amounts in stored.pending]
         return meter
-
-    def _forgotten(self, key: Key, gap: int) -> int:
-        """How much a counter forgot that came back lower by `gap`: what ended families had in it, as few as explain it.
-
-        Where none do, the gap itself: what it gained since the last reading cannot be told from what it lost.
-        """
-        waiting = [amounts for amounts in self._pending if key in amounts]
-        sums = [
-            (sum(amounts[key] for amounts in some), some)
-            for number in range(1, len(waiting) + 1)
-            for some in combinations(waiting, number)
-        ]
-        found = min((each for each in sums if each[0] >= gap), key=lambda each: each[0], default=None)
-        if found is None:
-            return gap
-        for amounts in found[1]:
-            del amounts[key]
-        self._pending = [amounts for amounts in self._pending if amounts]
-        return found[0]
 
 
 def named(values: Mapping[Key, int]) -> State:

@@ -46,6 +46,7 @@ class Terms:
     rules: tuple[Rule, ...] = ()
     member: str | None = None  # a process of the job that is waited for
     ended_ns: int | None = None  # CLOCK_BOOTTIME when the job was seen to have no process any more
+    families: bool = False  # one was ever inside it: from then on it is read so that they are not in its own counts
     moved: bool = False  # the pipe leads into a namespace of the owner's own, see pipe.move
 
 
@@ -57,7 +58,7 @@ class Account:
     incarnation: str | None = None  # of its chain, as of the last reading
     notes: tuple[str, ...] = ()
     stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
-    families: State = field(default_factory=dict)  # what ended families inside it counted on chains of their own
+    families: State = field(default_factory=dict)  # of ended families inside it, what is not in its own counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,13 +131,7 @@ class BlkioReader(CombiningReader):
         if directory.has("io.stat"):
             super().__init__(present(directory, [("io.stat", parse_io_stat)]))
             return
-        files = []
-        for name, parser in _V1:
-            if "bfq" in name and not bfq:
-                continue
-            recursive = f"{name}_recursive"
-            files.append((recursive if directory.has(recursive) else name, _remembering(parser)))
-        super().__init__(present(directory, files))
+        super().__init__(present(directory, _files(directory, bfq=bfq, recursive=True)))
 
     def _merge(self) -> Readings:
         merged: Readings = {}
@@ -146,6 +140,68 @@ class BlkioReader(CombiningReader):
                 if value >= merged.get(key, 0):
                     merged[key] = value
         return merged
+
+
+class OwnBlkioReader(BlkioReader):
+    """v1, of a job with families: what its own processes do and those of cgroups it has made itself, and no family's.
+
+    v1's recursive files would have the families in them, and lose an ended one's part some time after its removal,
+    unseen if the job has done as much by then.
+    """
+
+    def __init__(self, directory: CgroupDir, families: str, *, bfq: bool = True) -> None:
+        """`families`: how the names of their directories begin."""
+        CombiningReader.__init__(self, present(directory, _files(directory, bfq=bfq, recursive=False)))
+        self._directory, self._families, self._bfq = directory, families, bfq
+        self._links = 0
+        self._nested: dict[str, BlkioReader] = {}
+        self._gone: Readings = {}
+
+    def changes(self) -> list[Readings]:
+        """What changed since the last call: everything in one dict, or nothing."""
+        changed = self._look()
+        for reader in self._nested.values():
+            changed = bool(reader.changes()) or changed
+        return [self._merge()] if super().changes() or changed else []
+
+    def close(self) -> None:
+        """Give the descriptors back; a later read() finds nothing."""
+        super().close()
+        for reader in self._nested.values():
+            reader.close()
+
+    def _merge(self) -> Readings:
+        merged = super()._merge()
+        for part in (self._gone, *(reader._merge() for reader in self._nested.values())):
+            for key, value in part.items():
+                merged[key] = merged.get(key, 0) + value
+        return merged
+
+    def _look(self) -> bool:
+        """Whether nested cgroups came or went. What one had done that went is kept as it was last read."""
+        if (links := self._directory.links()) == self._links:
+            return False
+        self._links = links
+        there = {child.parts[-1]: child for child in self._directory.children()}
+        for name in [name for name in self._nested if name not in there]:
+            reader = self._nested.pop(name)
+            for key, value in reader._merge().items():
+                self._gone[key] = self._gone.get(key, 0) + value
+            reader.close()
+        for name, child in there.items():
+            if not name.startswith(self._families) and name not in self._nested:
+                self._nested[name] = BlkioReader(child, bfq=self._bfq)
+        return True
+
+
+def _files(directory: CgroupDir, *, bfq: bool, recursive: bool) -> list[tuple[str, Parser]]:
+    files = []
+    for name, parser in _V1:
+        if "bfq" in name and not bfq:
+            continue
+        whole = f"{name}_recursive"
+        files.append((whole if recursive and directory.has(whole) else name, _remembering(parser)))
+    return files
 
 
 def _remembering(parser: Parser) -> Parser:

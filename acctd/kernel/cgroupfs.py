@@ -209,11 +209,18 @@ class CgroupDir:
             raise _refusal("remove", str(self.path), e) from e
         return True
 
+    def links(self) -> int:
+        """Changes when a sub-cgroup comes or goes: the directory is linked from each. 0 if the cgroup is gone."""
+        try:
+            return os.stat(self.path).st_nlink
+        except FileNotFoundError:
+            return 0
+
     def children(self) -> list["CgroupDir"]:
         """Direct sub-cgroups, in name order; empty if the cgroup is gone."""
         try:
-            if os.stat(self.path).st_nlink == 2:
-                return []  # as in other file systems a directory is linked from each below it; spares the listing
+            if self.links() == 2:
+                return []  # spares the listing
             with os.scandir(self.path) as entries:
                 names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         except OSError as e:

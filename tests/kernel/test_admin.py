@@ -269,7 +269,8 @@ def test_top_in_a_pipe_prints_tables_with_rates(served: Served, busy: subprocess
 
 
 def test_top_ends_with_its_reader_and_on_interrupt(served: Served, busy: subprocess.Popen[str]) -> None:
-    argv = served.node.argv("top", "-n", "100000", "--interval", "0.1")
+    # A background shell has its children ignore SIGINT.
+    argv = ["env", "--default-signal=INT", *served.node.argv("top", "-n", "100000", "--interval", "0.1")]
     with subprocess.Popen(argv, env=served.node.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as top:
         assert top.stdout is not None
         assert top.stderr is not None
@@ -458,7 +459,7 @@ def test_events_are_listed_and_followed(served: Served) -> None:
     since = [json.loads(line) for line in served.node.acctd("events", "--json", "--since", "1").stdout.splitlines()]
     assert since == [event for event in listed if event["number"] > 1]
 
-    argv = served.node.argv("events", "-f", "--json", "--since", "0")
+    argv = ["env", "--default-signal=INT", *served.node.argv("events", "-f", "--json", "--since", "0")]
     with subprocess.Popen(argv, env=served.node.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as follower:
         assert follower.stdout is not None
         followed = [json.loads(follower.stdout.readline()) for _ in listed]

@@ -79,12 +79,10 @@ def test_a_job_comes_back_as_it_was_written(ledger):
 
 def test_phases_and_accounts_survive_a_restart(path):
     account = Account(
-        Stored(
-            {"network": {"OutgoingCampus": 2**62}}, {"network": {"OutgoingCampus": 1}}, [{"block_read": {"8:0": 3}}]
-        ),
+        Stored({"network": {"OutgoingCampus": 2**62}}, {"network": {"OutgoingCampus": 1}}),
         *("h7", ("a note",), {"8:0": False}, {"network": {"OutgoingCampus": 4}}),
     )
-    terms = Terms("1:2", 0.5, (Rule(login="ada"), Rule(group=9)), "3:4", 17, moved=True)
+    terms = Terms("1:2", 0.5, (Rule(login="ada"), Rule(group=9)), "3:4", 17, moved=True, families=True)
     with Ledger(path) as before:
         row = open_job(before)
         before.made(row.seq)
@@ -102,7 +100,7 @@ def test_phases_and_accounts_survive_a_restart(path):
         assert after.record(SPEC.id) == record(SPEC.id)
 
 
-def test_a_record_changes_the_accounts_above_it_in_the_same_transaction(ledger):
+def test_a_record_tells_the_parent_in_the_same_transaction(ledger):
     parent = open_job(ledger)
     child = ledger.open_job(
         replace(SPEC, id="child", parent=SPEC.id),
@@ -113,12 +111,22 @@ def test_a_record_changes_the_accounts_above_it_in_the_same_transaction(ledger):
         keeper="",
         parent=parent.seq,
     )
-    account = Account(families={"network": {"OutgoingCampus": 5}})
-    ledger.sign_off(child.seq, record("child"), [(parent.seq, account)])
-    assert [row.account for row in ledger.open_jobs() if row.seq == parent.seq] == [account]
+    inside = {"network": {"OutgoingCampus": 5}}
+    ledger.sign_off(child.seq, record("child"), inside)
     with pytest.raises(AcctdError):  # one job, one record
-        ledger.sign_off(child.seq, record("child"), [(parent.seq, Account())])
-    assert [row.account for row in ledger.open_jobs() if row.seq == parent.seq] == [account]
+        ledger.sign_off(child.seq, record("child"), inside)
+    other = ledger.open_job(
+        replace(SPEC, id="other", parent=SPEC.id),
+        PLACE,
+        slots=None,
+        boot_id="b",
+        boot_ns=7,
+        keeper="",
+        parent=parent.seq,
+    )
+    ledger.sign_off(other.seq, record("other"), inside)
+    account = next(row.account for row in ledger.open_jobs() if row.seq == parent.seq)
+    assert account == Account(families={"network": {"OutgoingCampus": 10}})
 
 
 def test_a_row_outside_the_ledger_comes_back_as_it_was(ledger):

@@ -33,41 +33,6 @@ def test_a_counter_known_to_begin_anew_adds_all_it_counts():
     assert meter.totals[USER] == 33
 
 
-READ = (BLOCK_READ_BYTES, "8:0")
-
-
-def test_what_an_ended_family_takes_out_of_the_counter_stays_in_the_total():
-    """Own 5 and a family's 10; the family is removed, and some time later the kernel forgets its 10."""
-    meter = Meter()
-    meter.feed({READ: 15})
-    meter.expect_loss({"block_read": {"8:0": 10}})
-    meter.feed({READ: 16})
-    assert meter.totals[READ] == 16
-    meter.feed({READ: 8})  # own 8 by now
-    assert meter.totals[READ] == 18
-    meter.feed({READ: 9})
-    assert meter.totals[READ] == 19
-
-
-def test_of_several_ended_families_as_few_are_taken_as_explain_the_loss():
-    meter = Meter()
-    meter.feed({READ: 5 + 10 + 3})
-    meter.expect_loss({"block_read": {"8:0": 10}})
-    meter.expect_loss({"block_read": {"8:0": 3}})
-    meter.feed({READ: 5 + 10})
-    assert meter.totals[READ] == 18
-    restored = Meter.restore(meter.stored())
-    restored.feed({READ: 5 + 1})
-    assert restored.totals[READ] == 19
-    assert restored.stored().pending == []
-
-
-def test_a_family_without_use_is_not_waited_for():
-    meter = Meter()
-    meter.expect_loss({"block_read": {"8:0": 0}})
-    assert meter.stored().pending == []
-
-
 def test_states_are_added_by_name_and_label():
     assert add({"network": {"A": 1}}, {}, {"network": {"A": 2, "B": 3}, "cpu_user": {"": 1}}) == {
         "network": {"A": 3, "B": 3},
@@ -106,8 +71,8 @@ def test_a_record_holds_no_gauge_and_the_ledger_does():
 
 def test_metrics_of_another_version_are_dropped():
     tomorrow = {"of_tomorrow": {"": 5}}
-    meter = Meter.restore(Stored({"cpu_user": {"": 1}} | tomorrow, tomorrow, [tomorrow]))
-    assert meter.stored() == Stored({"cpu_user": {"": 1}}, {}, [{}])
+    meter = Meter.restore(Stored({"cpu_user": {"": 1}} | tomorrow, tomorrow))
+    assert meter.stored() == Stored({"cpu_user": {"": 1}}, {})
 
 
 def test_last_is_what_the_kernel_stood_at_not_the_total():
