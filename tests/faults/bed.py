@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,18 +170,30 @@ class Bed:
 
     def spoil_ledger(self, how: str) -> None:
         """Take the ledger away ("lost"), or make it unreadable ("corrupt")."""
-        for path in (self.node.directory / "state").iterdir():
-            if how == "lost":
+        state = self.node.directory / "state"
+        if how == "lost":
+            for path in state.iterdir():
                 path.unlink()
-            elif path.name == FILE:
-                path.write_bytes(b"nothing that SQLite knows" * 1000)
+            return
+        # Whoever has it open has to read it anew after this.
+        with contextlib.closing(sqlite3.connect(state / FILE)) as other:
+            other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with (state / FILE).open("r+b") as file:
+            file.write(os.urandom((state / FILE).stat().st_size))
 
     def harm(self, how: str) -> None:
-        """What another program may do to the chains: "flush" takes all away, "cut off" leaves them and their ways."""
+        """What another program may do to the chains: "flush" takes all away, "cut off" leaves them and no way there.
+
+        A living agent does not see one half of it.
+        """
+        if self.agent is not None:
+            os.kill(self.agent, signal.SIGSTOP)
         if how == "flush":
             self._flush()
         else:
             self._cut_off()
+        if self.agent is not None:
+            os.kill(self.agent, signal.SIGCONT)
 
     def _flush(self) -> None:
         commands = {
@@ -220,7 +233,8 @@ class Bed:
         site = self.node.topology.node
         for link in self.node.left()["links"]:
             if link.startswith(PREFIX):
-                self.node.topology.run(site, ["ip", "link", "delete", link])
+                # One whose namespace has just gone goes by itself.
+                self.node.topology.run(site, ["ip", "link", "delete", link], check=False, capture_output=True)
         for family in ("-4", "-6"):
             self.node.topology.run(site, ["ip", family, "route", "flush", "type", "blackhole"])
 

@@ -23,7 +23,10 @@ TABLES = (1, 2, 3, 4)
 
 
 class At(NamedTuple):
-    """A function to die in: before some of its calls, and after some."""
+    """A function to die in: before some of its calls, and after some.
+
+    Before is left out where nothing is done between the end of the function before and the beginning of this one.
+    """
 
     name: str
     before: tuple[int, ...] = (1,)
@@ -78,37 +81,37 @@ POLL = [
 ]
 UNDOING = [
     At(f"{AGENT}.dismantle"),
-    At("acctd.kernel.conntrack:forget"),
-    At(f"{CHAINS}.remove"),
+    At("acctd.kernel.conntrack:forget", ()),
+    At(f"{CHAINS}.remove", ()),
     At("acctd.network.iptables:transact", (), TABLES, only="iptables"),
-    At(f"{HOST}:let_go"),
-    At(f"{CGROUPS}.remove"),
+    At(f"{HOST}:let_go", ()),
+    At(f"{CGROUPS}.remove", ()),
     At(f"{DIR}.remove", (), (1,)),
-    At(f"{LEDGER}.forget"),
+    At(f"{LEDGER}.forget", ()),
 ]
 REMOVED = [At(f"{DIR}.remove", (), EACH[1:])]
 TAKING_PIPE = [
     At(f"{CGROUPS}.kill"),
-    At(f"{AGENT}.take_pipe"),
-    At(f"{PIPE}:_remove_link"),
-    At(f"{NETNS}:remove"),
+    At(f"{AGENT}.take_pipe", ()),
+    At(f"{PIPE}:_remove_link", ()),
+    At(f"{NETNS}:remove", ()),
 ]
 SIGNING = [
     At(f"{AGENT}.last_reading"),
     *TAKING_PIPE,
-    At(f"{AGENT}.read_one"),
-    At(f"{CHAINS}.read"),
-    At(f"{AGENT}.record"),
+    At(f"{AGENT}.read_one", ()),
+    At(f"{CHAINS}.read", ()),
+    At(f"{AGENT}.record", ()),
     At(f"{LEDGER}.sign_off"),
     At("acctd.ledger:_digest"),  # in the transaction
     *UNDOING,
-    At(f"{LEDGER}.add_event"),
+    At(f"{LEDGER}.add_event", ()),
 ]
 FINISH = [At(f"{DAEMON}.finish"), *SIGNING, *REMOVED]
 MENDING = [
     At(f"{CHAINS}.broken"),
-    At(f"{CHAINS}.read"),
-    At(f"{HOST}:keep_in"),
+    At(f"{CHAINS}.read", ()),
+    At(f"{HOST}:keep_in", ()),
 ]
 FLUSHED = [
     *MENDING,
@@ -125,45 +128,60 @@ CUT_OFF = [
 ]
 TOLD = [At(f"{LEDGER}.add_event")]
 
+REPLACING = [At("acctd.agent:move_aside"), At("pathlib:Path.rename"), At(f"{AGENT}._replace_ledger", ())]
+LOST = [At(f"{AGENT}.restore_ledger"), At(f"{LEDGER}.copy_to"), *REPLACING]
+CORRUPT = [At(f"{AGENT}.begin_ledger_anew"), At(f"{LEDGER}.reinstate"), *REPLACING]
 CLAIM = [At("acctd.recovery:sweep_sentinels"), At("acctd.recovery:_reinstate"), At(f"{LEDGER}.claim")]
 ADOPT = [
     *CLAIM,
-    At(f"{AGENT}.open_readers"),
-    At(f"{DAEMON}._adopt"),
-    At(f"{LEDGER}.add_event"),
-    At(f"{DAEMON}._keep_watch"),
-    At(f"{AGENT}.read_one"),
-    At(f"{CHAINS}.read"),
-    At("acctd.sentry:Sentry.guard"),
-    At(f"{CHAINS}.broken"),
-    At(f"{LEDGER}.store"),
+    At(f"{AGENT}.open_readers", ()),
+    At(f"{DAEMON}._adopt", ()),
+    At(f"{LEDGER}.add_event", ()),
+    At(f"{DAEMON}._keep_watch", ()),
+    At(f"{AGENT}.read_one", ()),
+    At(f"{CHAINS}.read", ()),
+    At("acctd.sentry:Sentry.guard", ()),
+    At(f"{CHAINS}.broken", ()),
+    At(f"{LEDGER}.store", ()),
 ]
 ORPHAN = [
     At("acctd.recovery:orphans"),
-    At("acctd.recovery:decode_row"),
-    At("acctd.recovery:_as_found"),
-    At(f"{LEDGER}.reinstate"),
+    At("acctd.recovery:decode_row", ()),
+    At("acctd.recovery:_as_found", ()),
+    At(f"{LEDGER}.reinstate", ()),
 ]
 PASSING_ON = [
-    At(f"{AGENT}._above", ()),
     At(f"{LEDGER}.sign_off"),
     At("acctd.ledger:_digest"),  # in the transaction
-    At(f"{AGENT}._told", (1, 2), (1, 2)),  # the jobs above
-    At(f"{AGENT}.dismantle"),
-    At(f"{CGROUPS}.remove"),
+    At("acctd.agent:add", ()),  # to the parent in memory
+    At(f"{AGENT}.dismantle", ()),
+    At(f"{CGROUPS}.remove", ()),
     At(f"{DIR}.remove", (), EACH),
-    At(f"{LEDGER}.forget"),
-    At(f"{LEDGER}.add_event"),
+    At(f"{LEDGER}.forget", ()),
+    At(f"{LEDGER}.add_event", ()),
 ]
 ONE_BY_ONE = [
-    At(name, (1, 2, 3), (1, 2, 3))
-    for name in (*(f"{LEDGER}.sign_off", f"{CHAINS}.remove", f"{CGROUPS}.remove", f"{LEDGER}.forget"),)
+    At(name, (), (1, 2, 3))
+    for name in (f"{LEDGER}.sign_off", f"{CHAINS}.remove", f"{CGROUPS}.remove", f"{LEDGER}.forget")
 ]
 """For two families and the job around them, which end one after the other."""
 
-LIVING = {"create": CREATE, "attach": ATTACH, "poll": POLL, "end": ENDED, "finish": FINISH}
-HARMED = {"flush": FLUSHED + TOLD, "cut off": CUT_OFF + TOLD}
-FLOWING = {"flush, flowing": FLUSHED, "cut off, flowing": CUT_OFF}
+LIVING = {
+    "create": CREATE,
+    "attach": ATTACH,
+    "poll": POLL,
+    "lost": LOST,
+    "corrupt": CORRUPT,
+    "end": ENDED,
+    "finish": FINISH,
+}
+HARMED = {
+    "flush": FLUSHED + TOLD,
+    "cut off": CUT_OFF + TOLD,
+    "flush, flowing": [At(f"{CHAINS}.add", ()), *TOLD],
+    "cut off, flowing": [At(f"{CHAINS}.mend", ()), *TOLD],
+}
+UNMENDED = {"flush, flowing": [*MENDING, At(f"{CHAINS}.add", (1,), ())], "cut off, flowing": MENDING}
 TAKEN_OVER = {
     "half": [*CLAIM, At(f"{AGENT}.abandon"), *TAKING_PIPE, *UNDOING, *REMOVED],
     "made": [At(f"{LEDGER}.claim"), At(f"{AGENT}.open_readers"), At(f"{DAEMON}._adopt")],
@@ -178,11 +196,17 @@ TAKEN_OVER = {
     "corrupt": [At("acctd.agent:move_aside"), *ORPHAN, At(f"{LEDGER}.claim"), At(f"{LEDGER}.store")],
 }
 NESTED = {
+    "first": [
+        At(f"{AGENT}.expect_families"),
+        At(f"{LEDGER}.set_terms"),
+        At(f"{LEDGER}.open_job"),
+        At(f"{LEDGER}.made"),
+    ],
     "step": PASSING_ON,
-    "all": [At(f"{DAEMON}.finish", (1, 2, 3), (1, 2, 3)), *ONE_BY_ONE],
+    "all": [At(f"{DAEMON}.finish", (1,), (1, 2, 3)), *ONE_BY_ONE],
     "unregister": [At(f"{CGROUPS}.fold_into"), At(f"{DIR}.write", (), EACH), *PASSING_ON],
     "step ended": [At(f"{LEDGER}.claim"), *PASSING_ON],
-    "all ended": [At(f"{LEDGER}.claim", (1, 2, 3), (1, 2, 3)), *ONE_BY_ONE],
+    "all ended": [At(f"{LEDGER}.claim", (1,), (1, 2, 3)), *ONE_BY_ONE],
 }
 
 

@@ -17,13 +17,11 @@ from lab.traffic import Server
 from tests.faults.bed import BLOCK, Bed, network
 from tests.faults.dying import Death
 from tests.faults.nursery import Nursery
-from tests.faults.points import FLOWING, HARMED, LIVING, NESTED, TAKEN_OVER, points
+from tests.faults.points import HARMED, LIVING, NESTED, TAKEN_OVER, UNMENDED, points
 from tests.kernel.conftest import make_node
 from tests.kernel.test_block_io import Loop, fresh_loop
 
 Totals = dict[str, dict[str, int]]
-
-LATE_READS = 0
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +88,6 @@ def told(bed: Bed, *jobs: str) -> dict[str, Totals]:
     return found
 
 
-def make_it(bed: Bed, job: str) -> None:
-    bed.ok("Create", job=job)
-
-
 def living(bed: Bed, name: str, kind: str, death: Death | None) -> dict[str, Totals]:
     """A job's life. The agent dies at one step of it."""
     job = f"{name}-job"
@@ -120,6 +114,12 @@ def living(bed: Bed, name: str, kind: str, death: Death | None) -> dict[str, Tot
     bed.first(worker)
     bed.read(worker, 4)
     worker.do("spin", 0.01)
+    if death is not None and kind in ("lost", "corrupt"):
+        bed.spoil_ledger(kind)
+        bed.dies("Snapshot")
+        bed.second(worker)
+        early = True
+        bed.start()
     if not call("Snapshot", "poll"):
         bed.second(worker)
         early = True
@@ -174,13 +174,13 @@ def harmed(bed: Bed, name: str, kind: str, death: Death | None) -> dict[str, Tot
 
 @pytest.mark.parametrize(("bed", "kind", "death"), points(HARMED), indirect=["bed"])
 def test_a_job_whose_agent_dies_mending(bed: Bed, kind: str, death: Death) -> None:
-    """What was read before the harm is kept, and what comes after the mending is counted."""
+    """What was read before the harm is kept; what comes after the mending is counted, also while no agent lives."""
     expected = twin(bed, harmed, "flush")
     assert expected["job"] == expected["job"] | network(1, 1)
     assert harmed(bed, "victim", kind, death) == expected
 
 
-@pytest.mark.parametrize(("bed", "kind", "death"), points(FLOWING), indirect=["bed"])
+@pytest.mark.parametrize(("bed", "kind", "death"), points(UNMENDED), indirect=["bed"])
 def test_what_flows_before_the_mending_is_lost_and_said(bed: Bed, kind: str, death: Death) -> None:
     expected = twin(bed, harmed, "flush")["job"]["network"]
     found = harmed(bed, "victim", kind, death)["job"]["network"]
@@ -259,20 +259,32 @@ def test_a_job_whose_next_agent_dies(bed: Bed, kind: str, death: Death) -> None:
 
 
 def nested(bed: Bed, name: str, kind: str, death: Death | None) -> dict[str, Totals]:
-    """A job, a family in it and one in that. The agent dies while the innermost, or all of them, are finished."""
+    """A job, a family in it and one in that. The agent dies as the first is made, or as one or all are finished."""
     jobs = pilot, payload, step = [f"{name}-{level}" for level in ("pilot", "payload", "step")]
     unregister, together = kind == "unregister", kind in ("all", "all ended")
     while_down = kind in ("step ended", "all ended")
     bed.start(None if while_down else death)
     network = "parent" if unregister else "nat"
     bed.ok("Create", job=pilot)
-    bed.ok("Create", job=payload, parent=pilot, network=network)
+    workers = {pilot: bed.worker(pilot)}
+    bed.ok("Attach", job=pilot, pid=workers[pilot].pid)
+    bed.read(workers[pilot], 1)
+    if death is not None and kind == "first":
+        bed.dies("Create", job=payload, parent=pilot, network=network)
+        bed.read(workers[pilot], 1)
+        bed.start()
+        if payload not in bed.phases():
+            bed.ok("Create", job=payload, parent=pilot, network=network)
+    else:
+        bed.read(workers[pilot], 1)
+        bed.ok("Create", job=payload, parent=pilot, network=network)
     bed.ok("Create", job=step, parent=payload, network=network)
-    workers = {job: bed.worker(pilot if unregister else job) for job in jobs}
-    for job, worker in workers.items():
-        bed.ok("Attach", job=job, pid=worker.pid)
+    for job in (payload, step):
+        workers[job] = bed.worker(pilot if unregister else job)
+        bed.ok("Attach", job=job, pid=workers[job].pid)
+        bed.read(workers[job], 2)
+    for worker in workers.values():
         bed.first(worker)
-        bed.read(worker, 2)
     # An unregistered one goes on in its parent, and a job whose families have ended goes on too.
     late = [] if together else [step, payload, pilot] if unregister else [payload, pilot]
     for job in jobs:
@@ -284,13 +296,13 @@ def nested(bed: Bed, name: str, kind: str, death: Death | None) -> dict[str, Tot
         for job in jobs if together else [step]:
             workers[job].end()
         _next(bed, death)
-    elif death is not None:
+    elif death is not None and kind != "first":
         bed.dies("Unregister" if unregister else "Finish", job=pilot if together else step, **ending)
         bed.start()
     bed.ok("Unregister" if unregister else "Finish", job=step, **ending)
     for job in late:
         bed.second(workers[job])
-        bed.read(workers[job], LATE_READS)
+        bed.read(workers[job], 1)
     bed.ok("Finish", job=payload, exit_code=0)
     bed.ok("Finish", job=pilot, exit_code=0)
     return told(bed, *jobs)
@@ -299,13 +311,12 @@ def nested(bed: Bed, name: str, kind: str, death: Death | None) -> dict[str, Tot
 @pytest.mark.parametrize(("bed", "kind", "death"), points(NESTED), indirect=["bed"])
 def test_a_family_whose_agent_dies(bed: Bed, kind: str, death: Death) -> None:
     """What is used inside a job is in its record exactly once."""
-    expected = twin(bed, nested, {"step ended": "step", "all ended": "all"}.get(kind, kind))
-    late = LATE_READS
-    reads = {"step": (2, 4 + late, 6 + 2 * late), "all": (2, 4, 6), "unregister": (2, 4 + 2 * late, 6 + 3 * late)}
+    life = {"first": "step", "step ended": "step", "all ended": "all"}.get(kind, kind)
+    expected = twin(bed, nested, life)
     assert nested(bed, "victim", kind, death) == expected
+    reads = {"step": (2, 5, 8), "all": (2, 4, 6), "unregister": (2, 6, 9)}[life]
     levels = [expected[level] for level in ("step", "payload", "pilot")]
-    assert (
-        tuple(level["block_reads"][""] for level in levels)
-        == reads[{"step ended": "step", "all ended": "all"}.get(kind, kind)]
+    assert all(
+        level["block_reads"] == {"": n} for level, n in zip(levels, reads, strict=True) if "block_reads" in level
     )
-    assert levels[2]["network"] == levels[2]["network"] | network(3, 3)["network"]
+    assert levels[2] == levels[2] | network(3, 3)
