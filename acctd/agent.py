@@ -20,12 +20,12 @@ from acctd.config import Config
 from acctd.errors import AcctdError, InUseError, KernelRefusedError, LedgerError, NotPermittedError
 from acctd.job import Ending, Job, boottime, cgroup_name, hold, listed
 from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
-from acctd.ledger import FILE, Ledger, move_aside
+from acctd.ledger import FILE, Ledger, empty_successor, move_aside, take_successor
 from acctd.meter import add
 from acctd.metrics import CPU_SYSTEM, CPU_USER
-from acctd.model import JobSpec, Record, chain_name
+from acctd.model import JobSpec, Record
 from acctd.network import host, pipe, pool
-from acctd.network.backend import Chains, Pools, Sample
+from acctd.network.backend import Chains, Pools
 from acctd.network.probe import choose
 from acctd.rows import OpenJob, Phase, Place, Terms, encode_row
 from collectors.blkio import BlkioReader, OwnBlkioReader
@@ -86,8 +86,6 @@ class Agent:
 
     def create(self, spec: JobSpec, parent: Job | None = None, terms: Terms | None = None) -> Job:
         """Lease, cgroups, pipe and chain for a job; on failure nothing of it is left. A family lies in its parent."""
-        if parent is not None and not parent.row.terms.families:
-            self.expect_families(parent)
         nat = spec.network == "nat"
         chains = self._backend(self.config.network.backend, self.pools) if nat else None
         if parent is not None:
@@ -127,6 +125,8 @@ class Agent:
                 job.namespace = pipe.make_empty(self.netns(job))
             self._count_block_io()
             self.open_readers(job)
+            if parent is not None and not parent.row.terms.families:
+                self.expect_families(parent)
         except BaseException:
             self.abandon(job)
             raise
@@ -141,15 +141,17 @@ class Agent:
         job.row = replace(job.row, phase="running", boot_ns=boottime() if at is None else at)
         self.ledger.begin(job.row.seq, job.row.boot_ns, job.row.terms)
 
-    def abandon(self, job: Job) -> None:
-        """Undo a job that never ran: no record, nothing left."""
-        if survivors := job.cgroups.kill():
-            raise KernelRefusedError(f"processes {listed(survivors)} of job {job.spec.id} do not die on SIGKILL")
-        self.take_pipe(job)
+    def abandon(self, job: Job, patience: float = 10.0) -> None:
+        """Undo a job that never ran: no record, nothing left. What cannot be removed is left to recover()."""
+        self.held.pop(job.row.seq, None)
         try:
+            if survivors := job.cgroups.kill(patience):
+                raise KernelRefusedError(f"processes {listed(survivors)} of job {job.spec.id} do not die on SIGKILL")
+            self.take_pipe(job)
             self.dismantle(job)
-        except LedgerError:
-            self.leftovers.append(job)
+        except BaseException:
+            self.unrecovered = True
+            job.close()
             raise
 
     # Reading
@@ -159,10 +161,11 @@ class Agent:
 
         Chains that another program has damaged are mended.
         """
-        dumps = {chains: chains.read() for chains in self.backends(jobs)}
+        samples = {chains: chains.read() for chains in self.backends(jobs)}
         for job in jobs:
-            chains = self.chains_of(job)
-            self.take(job, dumps[chains] if chains is not None else None)
+            if (chains := self.chains_of(job)) is not None and job.plan is not None:
+                job.take_sample(samples[chains].get(job.plan.chain))
+            self.take(job)
         self.mend(jobs)
 
     def backends(self, jobs: Iterable[Job]) -> set[Chains]:
@@ -170,13 +173,16 @@ class Agent:
         return {chains for job in jobs if (chains := self.chains_of(job)) is not None}
 
     def chains_of(self, job: Job) -> Chains | None:
-        """The back end that holds a job's chain; None where it has none, or had it before the last boot."""
+        """The back end that holds a job's chain; None where it has none, had it before the last boot, or lost it."""
         if job.chains is None and job.pools is not None and job.row.boot_id == self.boot_id:
-            job.chains = self._backend(job.row.place.backend or "", job.pools)
+            try:
+                job.chains = self._backend(job.row.place.backend or "", job.pools)
+            except AcctdError as e:
+                job.note(f"its chain cannot be reached ({e}); network bytes since its last reading are missing")
         return job.chains
 
-    def take(self, job: Job, chains: dict[str, Sample] | None) -> None:
-        """Meter one job: its counter files now, and its chain as of a dump. What cannot be read is noted."""
+    def take(self, job: Job) -> None:
+        """Meter one job's counter files. What cannot be read is noted."""
         for reader in job.readers:
             try:
                 changes = reader.changes()
@@ -188,18 +194,15 @@ class Agent:
                 job.meter.feed(readings)
                 if isinstance(reader, BlkioReader | OwnBlkioReader):
                     job.find_stacked(readings)
-        if chains is not None:
-            job.take_sample(chains.get(chain_name(job.spec.id)))
 
     def read_one(self, job: Job) -> None:
         """Meter one job by itself, chain included."""
-        samples: dict[str, Sample] | None = None
-        if (chains := self.chains_of(job)) is not None:
+        if (chains := self.chains_of(job)) is not None and job.plan is not None:
             try:
-                samples = chains.read(chain_name(job.spec.id))
+                job.take_sample(chains.read(job.plan.chain).get(job.plan.chain))
             except (AcctdError, OSError) as e:
                 job.note(f"the job's chain could not be read ({e}); network bytes since the last reading are missing")
-        self.take(job, samples)
+        self.take(job)
 
     def store(self, jobs: Iterable[Job]) -> None:
         """Put the accounts so far into the ledger, as far as they have changed."""
@@ -212,8 +215,8 @@ class Agent:
     def _open_ledger(self, *, lasting: bool) -> Ledger:
         path = self.config.state_dir / FILE
         try:
-            if lasting and not path.exists() and _new(path).exists():
-                _new(path).rename(path)  # whoever was to put it here died
+            if lasting:
+                take_successor(path)
             if lasting and path.is_dir():
                 raise LedgerError(f"ledger {path} is a directory", corrupt=True)
             ledger = Ledger(path)
@@ -234,7 +237,7 @@ class Agent:
         Raises LedgerError if there can be no new one now, and goes on with the old.
         """
         path = self.ledger.path
-        with Ledger(_empty(path)) as new:
+        with Ledger(empty_successor(path)) as new:
             new.begin_numbers_anew()
             rows: dict[int, OpenJob] = {}
             for seq, job in sorted(self.held.items()):
@@ -248,19 +251,26 @@ class Agent:
         self.held = {job.row.seq: job for job in self.held.values()}
         return aside
 
+    def reopen_ledger(self) -> None:
+        """Open it again, where it was closed and its successor could not be opened then. Raises LedgerError."""
+        take_successor(self.ledger.path)
+        self.ledger = Ledger(self.ledger.path)
+
     def _replace_ledger(self) -> Path:
         """Put the new ledger, whole and closed, into the old one's place; where that is now."""
         path = self.ledger.path
         self.ledger.close()
-        aside = move_aside(path)
-        # Should we die here, the next agent finds it.
-        _new(path).rename(path)
+        try:
+            aside = move_aside(path)
+            take_successor(path)
+        except OSError as e:
+            raise LedgerError(f"ledger {path} cannot be replaced: {e.strerror}; see its directory") from e
         self.ledger = Ledger(path)
         return aside
 
     def restore_ledger(self) -> Path | None:
         """Write the ledger again that was taken away while it was open; where that is which lies in its place now."""
-        self.ledger.copy_to(_empty(self.ledger.path))
+        self.ledger.copy_to(empty_successor(self.ledger.path))
         aside = self._replace_ledger()
         return aside if aside.exists() else None
 
@@ -305,14 +315,16 @@ class Agent:
 
         Cgroups that stay busy for `patience` seconds are left to clear_up().
         """
+        # A family that ended meanwhile may have told only now what it used.
+        record = replace(record, totals=add(job.meter.published(), job.families))
         names = job.apart if job.row.parent is not None else ()
         inside = {name: record.totals[name] for name in names if name in record.totals}
-        self.ledger.sign_off(job.row.seq, record, inside)
-        if job.row.parent is not None and (parent := self.held.get(job.row.parent)) is not None:
+        new = self.ledger.sign_off(job.row.seq, record, inside)
+        if new and job.row.parent is not None and (parent := self.held.get(job.row.parent)) is not None:
             parent.families, parent.unstored = add(parent.families, inside), True
         try:
             self.dismantle(job, patience)
-        except AcctdError as e:
+        except (AcctdError, OSError) as e:
             self.trouble.append(f"job {job.spec.id}: {e}")
             self.leftovers.append(job)
 
@@ -321,8 +333,9 @@ class Agent:
         for job in list(self.leftovers):
             try:
                 job.cgroups.kill(0.0)
+                self.take_pipe(job)
                 self.dismantle(job, 0.0)
-            except AcctdError:
+            except (AcctdError, OSError):
                 continue  # said when it failed first
             self.leftovers.remove(job)
 
@@ -340,9 +353,9 @@ class Agent:
         return self.config.runtime_dir / "netns" / job.spec.id
 
     def _lay_pipe(self, job: Job) -> None:
-        chains = self.chains_of(job)
-        if job.lease is None or job.plan is None or job.pools is None or chains is None:
+        if job.lease is None or job.plan is None or job.pools is None:
             raise AcctdError(f"job {job.spec.id} has no lease")
+        job.chains = chains = self._backend(job.row.place.backend or "", job.pools)
         host.enable_forwarding(ipv6=job.lease.inner6 is not None)
         # The chain first: no packet of the job can pass uncounted.
         with self._network_lock():
@@ -443,13 +456,14 @@ class Agent:
             job.readers.append(PressureReader(unified))
 
     def expect_families(self, job: Job) -> None:
-        """Read a job from now on so that families inside it are not in its own counts, where they would stay unevenly.
+        """Read a job from now on so that its own counts have no family's, which are added to them.
 
         v1 sums block I/O over the cgroups that are there; when an ended one leaves the sum, nobody is told.
         """
-        self.take(job, None)
-        job.row = replace(job.row, terms=replace(job.row.terms, families=True))
-        self.ledger.set_terms(job.row.seq, job.row.terms)
+        self.take(job)
+        terms = replace(job.row.terms, families=True)
+        self.ledger.set_terms(job.row.seq, terms)
+        job.row = replace(job.row, terms=terms)
         for reader in job.readers:
             reader.close()
         job.readers.clear()
@@ -479,15 +493,3 @@ class Agent:
             notes=tuple(job.notes),
             parent=row.spec.parent,
         )
-
-
-def _new(path: Path) -> Path:
-    """Where a ledger is written that is to replace another one."""
-    return path.with_name(f"{path.name}.new")
-
-
-def _empty(path: Path) -> Path:
-    """The same, with nothing there."""
-    for suffix in ("", "-wal", "-shm"):
-        Path(f"{_new(path)}{suffix}").unlink(missing_ok=True)
-    return _new(path)

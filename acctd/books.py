@@ -68,9 +68,12 @@ class Books:
         try:
             return act()
         except LedgerError as e:
-            if not e.corrupt:
+            if self._agent.ledger.closed:
+                self._agent.reopen_ledger()
+            elif e.corrupt:
+                self._begin_anew(e)
+            else:
                 raise
-            self._begin_anew(e)
             return act()
 
     def write(self, act: Callable[[], object]) -> bool:

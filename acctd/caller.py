@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from acctd.errors import NotPermittedError
 from acctd.job import Job
+from acctd.kernel import procs
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class Caller:
     pid: int
     uid: int
     gid: int
+    process: str  # procs.identity of the pid when it connected
 
     def owns(self, job: Job) -> bool:
         """Whether the job is the caller's, or the caller is root."""
@@ -25,6 +27,13 @@ class Caller:
         """Raises NotPermittedError unless the caller owns the job."""
         if not self.owns(job):
             raise NotPermittedError(f"job {job.spec.id!r} is not yours (uid {self.uid}); ask its owner or root")
+
+    def must_live(self) -> None:
+        """Raises NotPermittedError once the process has ended that connected: what goes on with its connection may be
+        inside another job, or in none.
+        """
+        if not procs.is_alive(self.process):
+            raise NotPermittedError(f"pid {self.pid}, which made this connection, has ended; connect again")
 
     def must_be_root(self, what: str) -> None:
         """Raises NotPermittedError unless the caller is root."""

@@ -18,16 +18,16 @@ from acctd.config import Config
 from acctd.cost import Cost
 from acctd.errors import AcctdError, InUseError, NotFoundError, UsageError
 from acctd.job import Ending, Job, boottime
-from acctd.kernel import nfevents, procs
+from acctd.kernel import procs
 from acctd.model import JobSpec, Record
-from acctd.network import resolver
-from acctd.network.backend import Chains, Count, Sample
 from acctd.news import News
-from acctd.recovery import recover, unaccounted
+from acctd.recovery import forget_unaccounted, recover, unaccounted
+from acctd.relays import Relays
 from acctd.rows import Rule, Terms
-from acctd.sentry import Sentry
 from acctd.vigil import Vigil
+from acctd.warden import Warden
 
+_ROUNDS = 50  # of following processes that fork while they are registered
 _SLICE = 20
 """Jobs read before the loop may do something else: about 2 ms of work."""
 
@@ -43,9 +43,9 @@ class Daemon:
         self.jobs: dict[str, Job] = {}
         self._busy: set[str] = set()  # being finished
         self._vigil = Vigil()
-        self._sentry = Sentry(self._heard)
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._relays: dict[str, resolver.Relay] = {}
+        self._warden = Warden(agent, self.books, self.news, self.jobs)
+        self._tasks: dict[asyncio.Task[Any], Job | None] = {}
+        self._relays = Relays(agent)
         self._ticking = False
 
     # Beginning and end
@@ -57,9 +57,10 @@ class Daemon:
         """
         for said in unaccounted(self.agent):
             self.news.tell(None, "unaccounted", f"started without an agent: {said}")
+        forget_unaccounted(self.agent)
         self._take_over()
-        self._guard(self.jobs.values())
-        self._mend(self.jobs.values())
+        self._warden.guard(self.jobs.values())
+        self._warden.mend(self.jobs.values())
         self.books.store(self.jobs.values())
 
     def _take_over(self) -> None:
@@ -71,7 +72,7 @@ class Daemon:
         self._report()
         for job in [job for name, job in self.jobs.items() if name not in before]:
             self._keep_watch(job)
-            self._relay(job)
+            self._relays.open(job)
             # Before anything is mended: the kernel went on counting.
             with self._telling(job):
                 self.agent.read_one(job)
@@ -79,11 +80,10 @@ class Daemon:
     def stop(self) -> None:
         """Store all totals and let go; the jobs go on without us."""
         self._vigil.close()
-        self._sentry.close()
+        self._warden.close()
         for task in self._tasks:
             task.cancel()
-        for name in list(self._relays):
-            self._unrelay(name)
+        self._relays.close_all()
         for job in self.jobs.values():
             with self._telling(job):
                 self.agent.read_one(job)
@@ -94,10 +94,10 @@ class Daemon:
 
     def reconfigure(self, config: Config) -> None:
         """Another configuration for the jobs to come; those there are keep what they were made with."""
-        self._sentry.close()
         self.agent.reconfigure(config)
-        self._guard(self.jobs.values())
-        self._mend(self.jobs.values())
+        self._warden.close()
+        self._warden.guard(self.jobs.values())
+        self._warden.mend(self.jobs.values())
 
     def _report(self) -> None:
         for sentence in self.agent.trouble:
@@ -127,8 +127,8 @@ class Daemon:
         job.leave_namespace()
         self.jobs[spec.id] = job
         self._keep_watch(job)
-        self._guard([job])
-        self._relay(job)
+        self._warden.guard([job])
+        self._relays.open(job)
         inside = f" inside {spec.parent}" if spec.parent is not None else ""
         self.news.tell(job, "created", f"for {spec.owner.name}{inside}, network {spec.network}")
         return job
@@ -144,7 +144,10 @@ class Daemon:
             self.attach(job, pid)
             # Whoever is forked meanwhile by one that is not yet inside is found in the next round.
             inside = job.cgroups.living()
-            while new := {other for other in procs.descendants(pid) if other not in inside}:
+            for _ in range(_ROUNDS):
+                new = {other for other in procs.descendants(pid) if other not in inside}
+                if not new:
+                    break
                 theirs = {other for other in new if uid is None or procs.owner(other) == uid}
                 self._take_in(job, {other for other in theirs if self.job_of(other) is place})
                 inside |= new
@@ -185,7 +188,14 @@ class Daemon:
             self.books.write(lambda: self.agent.begin(job))
         elif job.row.terms is not terms:
             self._set_terms(job, job.row.terms)
-        job.cgroups.attach(pid)
+        try:
+            job.cgroups.attach(pid)
+        except AcctdError:
+            if first and not job.cgroups.living():
+                # Nobody is in it after all.
+                job.row = replace(job.row, phase="made", terms=terms)
+                self.books.write(lambda: self.agent.ledger.made(job.row.seq))
+            raise
         self._watch_member(job)
         if first:
             self.news.tell(job, "began", f"pid {pid}")
@@ -196,11 +206,11 @@ class Daemon:
         terms = replace(job.row.terms, rules=(*(r for r in job.row.terms.rules if r != rule), rule))
         self.agent.ledger.set_terms(job.row.seq, terms)
         job.row = replace(job.row, terms=terms)
-        return self._take_tracked(job)
+        return self._take_tracked(job, tracking.Survey())
 
-    def _take_tracked(self, job: Job) -> set[int]:
+    def _take_tracked(self, job: Job, survey: tracking.Survey) -> set[int]:
         owner = job.spec.owner.uid
-        found = tracking.find(job.row.terms.rules, owner if owner != 0 else None)
+        found = survey.find(job.row.terms.rules, owner if owner != 0 else None)
         new = {pid for pid in found if self._may_come_from(self.job_of(pid), job)}
         if new:
             self._take_in(job, new)
@@ -219,26 +229,6 @@ class Daemon:
             except NotFoundError:
                 continue  # it ended by itself
 
-    def _relay(self, job: Job) -> None:
-        """Let the host's resolver answer inside, where it listens on a loopback that the job has not."""
-        self._unrelay(job.spec.id)
-        if job.spec.network != "nat" or not (servers := resolver.host_servers()):
-            return
-        try:
-            with self.agent.inside(job) as namespace:
-                relay = resolver.Relay(namespace, servers)
-        except (AcctdError, OSError) as e:
-            job.note(f"the host's resolver does not answer inside the job: {e}")
-            return
-        for server, why in relay.skipped:
-            job.note(f"the resolver {server} does not answer inside the job: {why}")
-        relay.serve()
-        self._relays[job.spec.id] = relay
-
-    def _unrelay(self, name: str) -> None:
-        if (relay := self._relays.pop(name, None)) is not None:
-            relay.close()
-
     def network_of(self, job: Job) -> Job | None:
         """The job whose network a job's processes are in: itself, or the nearest above that has one of its own."""
         place: Job | None = job
@@ -253,7 +243,7 @@ class Daemon:
         if job.row.phase != "made" or job.row.terms.moved:
             raise UsageError(f"job {job.spec.id!r} runs already; its pipe can be moved once, before that")
         self.agent.move_pipe(job, pid, uid)
-        self._relay(job)
+        self._relays.open(job)
         self._set_terms(job, replace(job.row.terms, moved=True))
 
     def job_of(self, pid: int) -> Job | None:
@@ -286,7 +276,7 @@ class Daemon:
         while name in self._busy:
             await asyncio.sleep(0.01)
         if self.jobs.get(name) is not job:
-            return self.record(name)
+            return self._record_of(job)
         self._busy.add(name)
         try:
             await self.kill(job)
@@ -313,6 +303,7 @@ class Daemon:
     def _close(self, job: Job, ending: Ending) -> Record:
         ending = replace(ending, at=job.row.terms.ended_ns or ending.at)
         record = self.agent.last_reading(job, ending, patience=0.0)  # kill() has had it, without blocking others
+        self.books.unsigned[job.spec.id] = job, record
         self._forget(job)
         if self.books.sign_off(job, record):
             self.news.tell(record, "finished", f"{record.state}, wall {record.wall_ns / 1e9:.3f} s")
@@ -324,7 +315,16 @@ class Daemon:
     def _forget(self, job: Job) -> None:
         self.jobs.pop(job.spec.id, None)
         self._vigil.forget(job.spec.id)
-        self._unrelay(job.spec.id)
+        self._relays.close(job.spec.id)
+        for task in [task for task, of in self._tasks.items() if of is job]:
+            task.cancel()
+
+    def _record_of(self, job: Job) -> Record:
+        """What somebody else has finished meanwhile; its id may have been given again, or it was undone."""
+        record = self.record(job.spec.id)
+        if record.started != job.row.created:
+            raise NotFoundError(f"job {job.spec.id!r} was given up meanwhile, and has no record")
+        return record
 
     def record(self, name: str) -> Record:
         """The newest record of an id, also one that waits to be written. Raises NotFoundError."""
@@ -339,9 +339,9 @@ class Daemon:
         terms = job.row.terms
         self._watch_member(job)
         if terms.watcher is not None:
-            self._vigil.watch(job.spec.id, terms.watcher, lambda: self._spawn(self._watcher_ended(job)))
+            self._vigil.watch(job.spec.id, terms.watcher, lambda: self._spawn(self._watcher_ended(job), None))
         if terms.interval is not None:
-            self._spawn(self._read_often(job, terms.interval))
+            self._spawn(self._read_often(job, terms.interval), job)
 
     def _watch_member(self, job: Job) -> None:
         """Wait for one of its processes; when that ends, for another one, until there is none."""
@@ -387,13 +387,14 @@ class Daemon:
                 with self._telling(job):
                     self.agent.read_one(job)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], job: Job | None) -> None:
+        """Work beside the ticks; that of a job ends with it."""
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = job
         task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.news.trouble(None, error)
 
@@ -421,72 +422,35 @@ class Daemon:
 
     async def _read_all(self) -> None:
         jobs = self._idle()
-        dumps = await self._read_chains(jobs)
+        await self._warden.read(jobs)
         for start in range(0, len(jobs), _SLICE):
             part = [job for job in jobs[start : start + _SLICE] if self._is_idle(job)]
             for job in part:
-                chains = self.agent.chains_of(job)
-                samples = dumps.get(chains) if chains is not None else None
                 with self._telling(job):
-                    self.agent.take(job, samples)
+                    self.agent.take(job)
             self.books.store(part)
             await asyncio.sleep(0)
         self.books.seen()
 
-    async def _read_chains(self, jobs: list[Job]) -> dict[Chains, dict[str, Sample]]:
-        dumps: dict[Chains, dict[str, Sample]] = {}
-        for chains in self.agent.backends(jobs):
-            try:
-                dumps[chains] = chains.read()
-            except (AcctdError, OSError) as e:
-                self.news.trouble(None, e)
-            await asyncio.sleep(0)
-        return dumps
-
     async def _housekeeping(self) -> None:
         """What a tick does beside reading: mend chains, take tracked processes, catch up, clear up."""
-        self._mend(self._idle())
+        self._warden.mend(self._idle())
+        survey = tracking.Survey()
         for job in self._idle():
-            if job.row.terms.rules:
+            if job.row.terms.rules and self._is_idle(job):
                 with self._telling(job):
-                    self._take_tracked(job)
-            if job.row.terms.watcher is not None and not procs.is_alive(job.row.terms.watcher):
-                await self._give_up(job)
+                    self._take_tracked(job, survey)
+                await asyncio.sleep(0)
+            watcher = job.row.terms.watcher
+            if watcher is not None and self._is_idle(job) and not procs.is_alive(watcher):
+                with self._telling(job):
+                    await self._give_up(job)
         for record in self.books.catch_up():
             self.news.tell(record, "finished", f"{record.state}; its record could be written now")
         self.agent.clear_up()
         if self.agent.unrecovered:
             self._take_over()
         await asyncio.sleep(0)
-
-    def _mend(self, jobs: Iterable[Job]) -> None:
-        try:
-            mended = self.agent.mend(jobs)
-        except (AcctdError, OSError) as e:
-            self.news.trouble(None, e)
-            return
-        self.books.store(job for job, _ in mended)
-        for job, sentence in mended:
-            self.news.tell(job, "mended", sentence)
-
-    def _guard(self, jobs: Iterable[Job]) -> None:
-        """Hear soon of what other programs do to the chains of these jobs."""
-        for chains in self.agent.backends(jobs):
-            try:
-                self._sentry.guard(chains)
-            except (AcctdError, OSError) as e:
-                self.news.trouble(None, e)  # the next tick finds what nobody tells us of
-
-    def _heard(self, chains: Chains, news: nfevents.News[Count] | None) -> None:
-        """Another program changed the ruleset: take the last counts of what it deleted, and mend."""
-        mine = [job for job in self.jobs.values() if self.agent.chains_of(job) is chains]
-        if news is not None:
-            named = {job.plan.chain: job for job in mine if job.plan is not None}
-            for (chain, incarnation), counts in news.deleted.items():
-                if chain in named:
-                    named[chain].take_last(Sample(counts, incarnation))
-        self.books.store(mine)
-        self._mend(mine)
 
     def _idle(self) -> list[Job]:
         return [job for job in self.jobs.values() if self._is_idle(job)]

@@ -98,6 +98,8 @@ def become(command: list[str]) -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
+        if not command[0]:
+            return EXIT_NOT_FOUND  # execvp would trip over it in its own way
         os.execvp(command[0], command)  # noqa: S606  # this is what the helper is for
     except (FileNotFoundError, NotADirectoryError):
         return EXIT_NOT_FOUND

@@ -79,7 +79,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
-_CORRUPT = ("malformed", "not a database", "closed")  # closed: its successor could not be opened
+_CORRUPT = ("malformed", "not a database")
 
 _COLUMNS = "phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, account, parent, terms"
 """What a row of the table job says of an OpenJob beside its seq, in the order of the fields."""
@@ -90,6 +90,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.closed = False
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
@@ -111,6 +112,7 @@ class Ledger:
 
     def close(self) -> None:
         """Give the file back."""
+        self.closed = True
         self._db.close()
 
     def check(self) -> None:
@@ -245,25 +247,24 @@ class Ledger:
             ).rowcount
         return self._open_jobs("WHERE seq = ?", job.seq)[0] if changed == 1 else None
 
-    def sign_off(self, seq: int, record: Record, inside: State | None = None) -> None:
-        """Commit the final record, once and on stable storage, and mark the job closed.
+    def sign_off(self, seq: int, record: Record, inside: State | None = None) -> bool:
+        """Commit the final record on stable storage, and mark the job closed; False if it has its record already.
 
         In the same transaction a family's parent is told what the family used that is not in its own counts (`inside`).
         """
         body = msgspec.json.encode(record)
-        self._db.execute("PRAGMA synchronous = FULL")
-        try:
-            with self._writing() as db:
-                last = db.execute("SELECT digest FROM record ORDER BY number DESC LIMIT 1").fetchone()
-                db.execute(
-                    "INSERT INTO record (seq, id, owner, ended, body, digest) VALUES (?, ?, ?, ?, ?, ?)",
-                    (seq, record.id, record.owner, record.ended, body, _digest(last[0] if last else "", body)),
-                )
-                db.execute("UPDATE job SET phase = 'closed' WHERE seq = ?", (seq,))
-                if inside:
-                    self._tell_parent(seq, inside)
-        finally:
-            self._db.execute("PRAGMA synchronous = NORMAL")
+        with self._synchronous("FULL"), self._writing() as db:
+            if self._row("SELECT 1 FROM record WHERE seq = ?", seq) is not None:
+                return False
+            last = db.execute("SELECT digest FROM record ORDER BY number DESC LIMIT 1").fetchone()
+            db.execute(
+                "INSERT INTO record (seq, id, owner, ended, body, digest) VALUES (?, ?, ?, ?, ?, ?)",
+                (seq, record.id, record.owner, record.ended, body, _digest(last[0] if last else "", body)),
+            )
+            db.execute("UPDATE job SET phase = 'closed' WHERE seq = ?", (seq,))
+            if inside:
+                self._tell_parent(seq, inside)
+        return True
 
     def _tell_parent(self, seq: int, inside: State) -> None:
         parent = self._row("SELECT p.seq, p.account FROM job p JOIN job j ON p.seq = j.parent WHERE j.seq = ?", seq)
@@ -367,6 +368,18 @@ class Ledger:
                 db.execute(f"PRAGMA user_version = {SCHEMA}")
 
     @contextmanager
+    def _synchronous(self, mode: str) -> Iterator[None]:
+        """FULL: a commit waits for stable storage."""
+        try:
+            self._db.execute(f"PRAGMA synchronous = {mode}")
+            try:
+                yield
+            finally:
+                self._db.execute("PRAGMA synchronous = NORMAL")
+        except sqlite3.Error as e:
+            raise _trouble(self.path, e) from e
+
+    @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         try:
             self._db.execute("BEGIN IMMEDIATE")
@@ -412,9 +425,27 @@ def move_aside(path: Path) -> Path:
     return aside
 
 
+def successor(path: Path) -> Path:
+    """Where a ledger is written that is to replace another one."""
+    return path.with_name(f"{path.name}.new")
+
+
+def empty_successor(path: Path) -> Path:
+    """The same, with nothing there."""
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{successor(path)}{suffix}").unlink(missing_ok=True)
+    return successor(path)
+
+
+def take_successor(path: Path) -> None:
+    """Put it into its place, if that is empty: whoever was to do so may have died."""
+    if not path.exists() and successor(path).exists():
+        successor(path).rename(path)
+
+
 def _trouble(path: Path, error: Exception) -> AcctdError:
     text = str(error)
-    if isinstance(error, PermissionError) or "readonly" in text or "unable to open" in text:
+    if isinstance(error, PermissionError) or (os.geteuid() != 0 and ("readonly" in text or "unable to open" in text)):
         return NotPermittedError(f"cannot open the ledger {path}: {error}; run as root or set state_dir")
     if isinstance(error, sqlite3.DatabaseError) and any(word in text for word in _CORRUPT):
         return LedgerError(f"ledger {path} is corrupt ({error}); acctd serve moves it aside", corrupt=True)

@@ -25,6 +25,7 @@ from exporters.classad import format_ad, record_ad
 
 _EVENTS = 1000  # in one answer
 _INTERVAL = (0.1, 86400.0)  # s
+_USERS_INTERVAL = 5.0  # s; a user may have a hundred jobs
 
 
 class _Create(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,7 +143,7 @@ class Methods:
             tags=wanted.tags or {},
             parent=wanted.parent,
         )
-        terms = _terms(wanted.watcher, wanted.interval)
+        terms = _terms(caller, wanted.watcher, wanted.interval)
         job = self._daemon.create(with_default_classes(spec, config), terms)
         netns = self._netns(job)
         return {
@@ -164,7 +165,7 @@ class Methods:
             tags=wanted.tags or {},
             parent=wanted.parent,
         )
-        job = self._daemon.register(spec, pid, _terms(wanted.watcher, wanted.interval), caller.uid or None)
+        job = self._daemon.register(spec, pid, _terms(caller, wanted.watcher, wanted.interval), caller.uid or None)
         return {"job": spec.id, "cgroups": [str(directory.path) for _, directory in job.cgroups.all()]}
 
     async def _track(self, caller: Caller, wanted: _Track) -> Answer:
@@ -199,7 +200,6 @@ class Methods:
             "gid": owner.gid,
             "groups": account.groups,
             "environment": account.environment,
-            "userns": min(place.cgroups.members(), default=None) if place and place.row.terms.moved else None,
         }
 
     async def _move_pipe(self, caller: Caller, wanted: _OfJob) -> Answer:
@@ -246,9 +246,8 @@ class Methods:
         since = wanted.since
         if since is not None and not 0 <= since <= INT64_MAX:
             raise UsageError(f"since {since} is out of range; it takes 0 to {INT64_MAX}")
-        ledger = self._daemon.agent.ledger
         while len(found) < limit:
-            page = self._daemon.books.read(partial(ledger.events, since=since, job=wanted.job, limit=_EVENTS))
+            page = self._daemon.books.read(partial(self._events_page, since, wanted.job))
             found += [event for event in page if self.may_see(caller, event)]
             if since is None or len(page) < _EVENTS:
                 break
@@ -257,12 +256,16 @@ class Methods:
         found = found[-limit:] if wanted.since is None else found[:limit]
         return {"events": [msgspec.to_builtins(event) for event in found]}
 
+    def _events_page(self, since: int | None, job: str | None) -> list[Event]:
+        # Asked anew each time: the ledger may be another one by then.
+        return self._daemon.agent.ledger.events(since=since, job=job, limit=_EVENTS)
+
     def may_see(self, caller: Caller, event: Event) -> bool:
         """Whether an event is about a job of the caller's; root sees those of the agent, too."""
         return caller.uid in (0, event.uid)
 
     async def _snapshot(self, caller: Caller, _: _Nothing) -> Answer:
-        caller.must_be_root("have all jobs read")
+        self._must_rule(caller, "have all jobs read")
         return {"seconds": await self._daemon.snapshot()}
 
     async def _cost(self, _caller: Caller, _: _Nothing) -> Answer:
@@ -303,12 +306,12 @@ class Methods:
         return _signed(await self._daemon.finish(job, ending))
 
     async def _reload_call(self, caller: Caller, _: _Nothing) -> Answer:
-        caller.must_be_root("reload the configuration")
+        self._must_rule(caller, "reload the configuration")
         self._reload()
         return {}
 
     async def _quit(self, caller: Caller, _: _Nothing) -> Answer:
-        caller.must_be_root("stop the agent")
+        self._must_rule(caller, "stop the agent")
         asyncio.get_running_loop().call_soon(self._leave)
         return {}
 
@@ -321,6 +324,11 @@ class Methods:
         self._must_stay_inside(caller, job)
         return job
 
+    def _must_rule(self, caller: Caller, what: str) -> None:
+        """Root, and not from inside a job."""
+        caller.must_be_root(what)
+        self._must_stay_inside(caller, None)
+
     def _own_record(self, caller: Caller, name: str) -> Record:
         record = self._daemon.record(name)
         if caller.uid not in (0, record.uid):
@@ -328,9 +336,10 @@ class Methods:
         return record
 
     def _must_stay_inside(self, caller: Caller, job: Job | None) -> None:
+        caller.must_live()
         own = self._daemon.job_of(caller.pid)
         if own is not None and (job is None or not family.is_inside(job, own)):
-            what = f"job {job.spec.id!r} lies outside it" if job else "a new job would lie outside it"
+            what = f"job {job.spec.id!r} lies outside it" if job else "what you ask for reaches beyond it"
             raise NotPermittedError(f"you are inside job {own.spec.id!r} and {what}; name it or a family inside it")
 
     def _may_make(self, caller: Caller, parent: str | None) -> None:
@@ -385,9 +394,10 @@ def _signed(record: Record) -> Answer:
     return {"record": msgspec.to_builtins(record), "classad": format_ad(record_ad(record))}
 
 
-def _terms(watcher: int | None, interval: float | None) -> Terms:
-    if interval is not None and not _INTERVAL[0] <= interval <= _INTERVAL[1]:
-        raise UsageError(f"interval {interval} is out of range; it takes {_INTERVAL[0]} to {_INTERVAL[1]} seconds")
+def _terms(caller: Caller, watcher: int | None, interval: float | None) -> Terms:
+    low = _INTERVAL[0] if caller.uid == 0 else _USERS_INTERVAL
+    if interval is not None and not low <= interval <= _INTERVAL[1]:
+        raise UsageError(f"interval {interval} is out of range; it takes {low:g} to {_INTERVAL[1]:g} seconds")
     if watcher is None:
         return Terms(interval=interval)
     identity = procs.identity(watcher)

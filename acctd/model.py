@@ -26,6 +26,9 @@ MEMORY_MIN = 1 << 20
 
 INT64_MAX = 2**63 - 1
 
+CLASSES_MAX, NETWORKS_MAX = 64, 4096
+"""Of one job: each class is some rules, and each network an element of a set or a rule."""
+
 # HTCondor 12.0, Grid Engine 42.3, Slurm 17_4, Torque 12[3].server.domain: all of these are ids.
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:+\[\]-]{0,127}\Z")
 _CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]{0,31}\Z")
@@ -189,6 +192,10 @@ def check_classes(classes: tuple[DestinationClass, ...]) -> None:
     """Classes may nest in each other (the longest prefix wins) but not claim the same network twice."""
     owners: dict[Network, str] = {}
     names: set[str] = set()
+    if len(classes) > CLASSES_MAX or sum(len(cls.networks) for cls in classes) > NETWORKS_MAX:
+        raise UsageError(
+            f"there are too many classes or networks; a job takes {CLASSES_MAX} and {NETWORKS_MAX} at most"
+        )
     for cls in classes:
         # In any case: the name becomes part of a ClassAd attribute, and those ignore it.
         if cls.name.lower() in names:

@@ -7,6 +7,7 @@ into it from what its maker wrote down on its cgroups. What carries no mark is n
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 
@@ -19,6 +20,8 @@ from acctd.kernel import private, procs
 from acctd.metrics import CPU_SYSTEM, CPU_USER
 from acctd.model import Record
 from acctd.rows import OpenJob, decode_row
+
+_PATIENCE = 0.5  # s for processes to die; nobody is served meanwhile, and the next tick tries again
 
 
 def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Record]:
@@ -35,7 +38,8 @@ def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Re
         _reinstate(agent)
     # Families first: an ended one tells its parent what it used before the parent's own record is written.
     for row in reversed(agent.ledger.open_jobs()):
-        if row.seq in agent.held or (procs.is_alive(row.keeper) and row.boot_id == agent.boot_id):
+        kept = row.keeper != agent.keeper and procs.is_alive(row.keeper) and row.boot_id == agent.boot_id
+        if kept or row.seq in agent.held:
             continue
         try:
             record = _recover_one(agent, row, adopt)
@@ -49,13 +53,22 @@ def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Re
 
 def unaccounted(agent: Agent) -> list[str]:
     """What acctd-hook exec --fail-open let by while no agent answered, once; see hookexec.py."""
-    place = agent.config.runtime_dir / "unaccounted"
+    place = _unaccounted(agent)
     private.make(place)
     found = []
     for path in sorted(place.iterdir()):
         found.append(path.read_text(errors="replace").strip()[:4096])
-        path.unlink()
     return found
+
+
+def forget_unaccounted(agent: Agent) -> None:
+    """They have been told."""
+    for path in _unaccounted(agent).iterdir():
+        path.unlink()
+
+
+def _unaccounted(agent: Agent) -> Path:
+    return agent.config.socket.parent / "unaccounted"
 
 
 def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | None) -> Record | None:
@@ -76,12 +89,11 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
     if stays and adopt is None:
         return None  # we do not stay; the next one finds our claim dead
     if row.phase == "making" or (row.phase == "made" and not stays):
-        agent.abandon(job)
+        agent.abandon(job, _PATIENCE)
         return None
     if row.phase == "closed":
-        job.cgroups.kill()
-        agent.take_pipe(job)
-        agent.dismantle(job)
+        agent.leftovers.append(job)  # signed off: nobody needs to wait for what is left of it
+        agent.clear_up()
         return None
     if row.boot_id == agent.boot_id:
         agent.open_readers(job)
@@ -98,7 +110,13 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
             "whoever watched this job died before it ended; its exit status is unknown, and its wall time ends when it "
             "was found to have ended"
         )
-    return agent.finish(job, Ending(at=row.terms.ended_ns))
+    try:
+        return agent.finish(job, Ending(at=row.terms.ended_ns), _PATIENCE)
+    except BaseException:
+        # Not ours yet: recover() is to find it again.
+        agent.held.pop(row.seq, None)
+        job.close()
+        raise
 
 
 def _claimed(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | None) -> OpenJob | None:
@@ -158,7 +176,7 @@ def _ran(agent: Agent, job: Job) -> bool:
         return True
     agent.open_readers(job)
     try:
-        agent.take(job, None)
+        agent.take(job)
     finally:
         job.close()
     return any(job.meter.totals.get((metric, "")) for metric in (CPU_USER, CPU_SYSTEM))

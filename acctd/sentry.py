@@ -7,6 +7,7 @@ legacy tables tell nobody, and are asked for their size. What is to be done abou
 import asyncio
 from collections.abc import Callable
 
+from acctd.errors import AcctdError
 from acctd.kernel.nfevents import News, Watch
 from acctd.network.backend import Chains, Count
 
@@ -16,8 +17,10 @@ _LOOK_EVERY = 1.0  # s; a look costs some microseconds
 class Sentry:
     """Listens for one event loop. `heard` is called with the back end and what is known: None where that is nothing."""
 
-    def __init__(self, heard: Callable[[Chains, News[Count] | None], None]) -> None:
-        self._heard = heard
+    def __init__(
+        self, heard: Callable[[Chains, News[Count] | None], None], trouble: Callable[[Exception], None]
+    ) -> None:
+        self._heard, self._trouble = heard, trouble
         self._watches: dict[Chains, Watch[Count] | None] = {}
         self._looking: asyncio.TimerHandle | None = None
 
@@ -45,12 +48,19 @@ class Sentry:
         self._watches.clear()
 
     def _drain(self, chains: Chains, watch: Watch[Count]) -> None:
-        news = watch.drain()
+        try:
+            news = watch.drain()
+        except (AcctdError, OSError) as e:
+            self._trouble(e)
+            return
         if news.changed or news.lost:
             self._heard(chains, news)
 
     def _look(self) -> None:
         self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look)
         for chains, watch in self._watches.items():
-            if watch is None and chains.changed():
-                self._heard(chains, None)
+            try:
+                if watch is None and chains.changed():
+                    self._heard(chains, None)
+            except (AcctdError, OSError) as e:
+                self._trouble(e)

@@ -23,7 +23,8 @@ import msgspec
 from acctd import __version__, varlink
 from acctd.caller import Caller
 from acctd.daemon import Daemon
-from acctd.errors import AcctdError, NotPermittedError
+from acctd.errors import AcctdError, KernelRefusedError, NotPermittedError
+from acctd.kernel import private, procs
 from acctd.methods import Methods
 from acctd.shares import PER_USER, WATCHES_PER_USER, Once, Share, Shares
 
@@ -89,7 +90,7 @@ class Server:
         if inherited is not None:
             self._open(inherited)
             return self
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private.make(path.parent)
         if path.exists():
             with socket.socket(socket.AF_UNIX) as probe:
                 try:
@@ -291,6 +292,12 @@ class Server:
             return varlink.reply(await method(caller, parameters))
         except AcctdError as e:
             return varlink.refusal(e)
+        except OSError as e:
+            self._daemon.cost.errors += 1
+            what = f" {e.filename}" if e.filename else ""
+            return varlink.refusal(
+                KernelRefusedError(f"the kernel refused{what}: {e.strerror or e}; see the agent's limits")
+            )
         except Exception as e:
             self._daemon.cost.errors += 1
             shown = name if name in self._methods.table else "a call"  # else anything that a peer thinks of
@@ -374,7 +381,8 @@ async def _see_off(connection: socket.socket) -> None:
 
 
 def _caller(connection: socket.socket) -> Caller:
-    return Caller(*_PEERCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)))
+    pid, uid, gid = _PEERCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size))
+    return Caller(pid, uid, gid, procs.identity(pid))
 
 
 def _exhausted(message: str) -> bytes:

@@ -30,23 +30,39 @@ def check(rule: Rule) -> Rule:
     return rule
 
 
-def find(rules: Iterable[Rule], owner: int | None) -> set[int]:
-    """The pids that some rule names; only those of a uid where one is given."""
-    wanted = list(rules)
-    logins = {uid for rule in wanted if rule.login is not None and (uid := _uid_now(rule.login)) is not None}
-    groups = {rule.group for rule in wanted if rule.group is not None}
-    variables = {rule.environment.encode("utf-8", "surrogateescape") for rule in wanted if rule.environment is not None}
-    found = set()
-    for pid in procs.pids():
-        if pid in (1, os.getpid()) or procs.is_kernel_thread(pid):
-            continue
-        who = procs.credentials(pid)
-        if who is None or (owner is not None and who.uid != owner):
-            continue
-        named = who.uid in logins or not groups.isdisjoint(who.groups)
-        if named or (variables and not variables.isdisjoint(procs.environment(pid))):
-            found.add(pid)
-    return found
+class Survey:
+    """The processes of one moment, read once for all who look for some. Kernel threads, pid 1 and we are left out."""
+
+    def __init__(self) -> None:
+        self._who: dict[int, procs.Credentials] | None = None
+        self._environments: dict[int, set[bytes]] = {}
+
+    def find(self, rules: Iterable[Rule], owner: int | None) -> set[int]:
+        """The pids that some rule names; only those of a uid where one is given."""
+        wanted = list(rules)
+        logins = {uid for rule in wanted if rule.login is not None and (uid := _uid_now(rule.login)) is not None}
+        groups = {rule.group for rule in wanted if rule.group is not None}
+        texts = [rule.environment for rule in wanted if rule.environment is not None]
+        variables = {text.encode("utf-8", "surrogateescape") for text in texts}
+        found = set()
+        for pid, who in self._processes().items():
+            if owner is not None and who.uid != owner:
+                continue
+            named = who.uid in logins or not groups.isdisjoint(who.groups)
+            if named or (variables and not variables.isdisjoint(self._environment(pid))):
+                found.add(pid)
+        return found
+
+    def _processes(self) -> dict[int, procs.Credentials]:
+        if self._who is None:
+            pids = [pid for pid in procs.pids() if pid not in (1, os.getpid()) and not procs.is_kernel_thread(pid)]
+            self._who = {pid: who for pid in pids if (who := procs.credentials(pid)) is not None}
+        return self._who
+
+    def _environment(self, pid: int) -> set[bytes]:
+        if pid not in self._environments:
+            self._environments[pid] = procs.environment(pid)
+        return self._environments[pid]
 
 
 def _uid(login: str) -> int:

@@ -79,10 +79,9 @@ method Track(job: string, environment: ?string, login: ?string, group: ?int) -> 
 # End a family without ending its processes: they go on in the parent. Without a parent only once none is left.
 method Unregister(job: string) -> (record: object, classad: string)
 
-# What a launcher needs to enter a job: the name of its network namespace (null: where it is), whom to become, and a
-# process of the job's whose user namespace it must join first (null: none).
+# What a launcher needs to enter a job: the name of its network namespace (null: where it is), and whom to become.
 method Entry(job: string) -> (
-  netns: ?string, uid: int, gid: int, groups: []int, environment: [string]string, userns: ?int
+  netns: ?string, uid: int, gid: int, groups: []int, environment: [string]string
 )
 
 # Move the job's pipe into the caller's network namespace, which must be a new one of its own user namespace. For

@@ -37,6 +37,8 @@ _OWN = "own"
 """On v2 a cgroup with controllers for its children may hold no processes: a job's live in this child of its directory,
 so that families find room beside it. man 7 cgroups, "no internal processes" rule."""
 
+_ROUNDS = 50  # of following processes that fork while they are moved
+
 _SENTINEL = "sentinel"
 _SENTINEL_BPS = 18446744073709551614
 """One below the kernel's "no rule": a limit no disk reaches, whose presence alone makes the counters count."""
@@ -148,13 +150,17 @@ class JobCgroups:
                 raise
 
     def fold_into(self, parent: "JobCgroups") -> None:
-        """Move every process to another job's cgroups. A process that forks meanwhile is followed."""
-        while pids := self.living():
+        """Move every process to another job's cgroups. A process that forks meanwhile is followed, for some rounds."""
+        for _ in range(_ROUNDS):
+            pids = self.living()
+            if not pids:
+                return
             for pid in pids:
                 try:
                     parent.attach(pid)
                 except NotFoundError:
                     continue  # it ended by itself
+        raise KernelRefusedError(f"the processes of {self.name} fork faster than they can be moved; suspend it first")
 
     def describe(self, text: bytes) -> None:
         """Write down in every directory what it is for; orphans() finds it."""
@@ -163,13 +169,12 @@ class JobCgroups:
 
     def signal(self, number: int) -> set[int]:
         """Send a signal to every process of the job; the pids it was sent to."""
-        pids = self.living()
-        for pid in pids:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue  # it ended by itself
-        return pids
+        return {pid for pid in self.procs() if procs.send(pid, number, self._holds)}
+
+    def _holds(self, pid: int) -> bool:
+        """Whether a process is in one of its cgroups now; a pid that was read a moment ago may be another's."""
+        inside = f"/{self.base}/{self.name}/"
+        return any(inside in f"{path}/" for path in procs.cgroups(pid))
 
     def freeze(self) -> None:
         """Stop every process of the job, without a signal that it could see. UnavailableError without a freezer."""
@@ -205,7 +210,7 @@ class JobCgroups:
 
     def living(self) -> set[int]:
         """The job's pids less zombies: a zombie has freed its memory and waits only for its parent."""
-        return {pid for pid in self.procs() if not _is_dead(pid)}
+        return {pid for pid in self.procs() if not procs.is_dead(pid)}
 
     def _make(self, hierarchy: Hierarchy) -> None:
         parts = checked_parts(self.base)
@@ -417,16 +422,3 @@ def _kill_all(pids: set[int] | list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue  # it ended by itself
-
-
-def _is_dead(pid: int) -> bool:
-    """Gone, or a zombie without living threads: a leader that exited before its threads looks like a zombie too."""
-    try:
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/stat", "rb") as stat:
-                # The command may hold spaces and parentheses: the state follows the last one.
-                if stat.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X"):
-                    return False
-    except (FileNotFoundError, ProcessLookupError):
-        return not os.path.exists(f"/proc/{pid}")
-    return True

@@ -158,7 +158,9 @@ class _Service:
             try:
                 await asyncio.wait_for(self._told.wait(), due - loop.time())
             except TimeoutError:
-                last = due
+                # What was due while the loop could not run is missed, too.
+                self._daemon.cost.missed_ticks += int((loop.time() - due) / self._config.poll_interval)
+                last = max(due, loop.time() - self._config.poll_interval)
                 task = loop.create_task(self._daemon.tick())
                 self._ticking.add(task)
                 task.add_done_callback(self._ticked)

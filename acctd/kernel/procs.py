@@ -1,6 +1,8 @@
 """Facts from /proc and /sys that say who is who: processes, this boot, the disks. Reads only."""
 
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,19 @@ def owner(pid: int) -> int | None:
             return next(int(line.split()[1]) for line in status if line.startswith(b"Uid:"))
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def is_dead(pid: int) -> bool:
+    """Gone, or a zombie without living threads: a leader that exited before its threads looks like a zombie too."""
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/stat", "rb") as stat:
+                # The command may hold spaces and parentheses: the state follows the last one.
+                if stat.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X"):
+                    return False
+    except (FileNotFoundError, ProcessLookupError):
+        return not os.path.exists(f"/proc/{pid}")
+    return True
 
 
 class Credentials(NamedTuple):
@@ -92,6 +107,23 @@ def network_at(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def send(pid: int, number: int, still: Callable[[int], bool]) -> bool:
+    """Signal a process, if it is `still` who it was; whether it got it. pidfd_send_signal(2): no other can be meant."""
+    try:
+        fd = os.pidfd_open(pid)
+    except (ProcessLookupError, OSError):
+        return False
+    try:
+        if is_dead(pid) or not still(pid):
+            return False
+        signal.pidfd_send_signal(fd, number)
+    except ProcessLookupError:
+        return False  # it ended by itself
+    finally:
+        os.close(fd)
+    return True
+
+
 def pids() -> list[int]:
     """Every process there is."""
     return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
@@ -144,7 +176,7 @@ def _stat(pid: int) -> list[bytes] | None:
 
 def _start_time(pid: int) -> str | None:
     fields = _stat(pid)
-    return None if fields is None or fields[0] in (b"Z", b"X") else fields[19].decode()
+    return None if fields is None or is_dead(pid) else fields[19].decode()
 
 
 def _parent(pid: int) -> int | None:

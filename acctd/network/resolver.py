@@ -79,6 +79,10 @@ class Relay:
         """Stop answering. Queries under way on the caller's loop end by themselves."""
         for service in self._services:
             service.cancel()
+            for _, udp, tcp in self._bound:
+                # At once: a cancelled task does it a turn later, when the number may be another socket's.
+                service.get_loop().remove_reader(udp)
+                service.get_loop().remove_reader(tcp)
         for _server, udp, tcp in self._bound:
             udp.close()
             tcp.close()
@@ -140,7 +144,8 @@ async def _serve_udp(server: Address, inside: socket.socket, room: asyncio.Semap
     under_way: set[asyncio.Task[None]] = set()
     while True:
         query, client = await loop.sock_recvfrom(inside, 65535)
-        if not room.locked():
+        await asyncio.sleep(0)  # one that waits already is received at once: a flood must not keep the loop to itself
+        if len(under_way) < _AT_ONCE:
             task = loop.create_task(_ask(server, inside, query, client, room))
             under_way.add(task)
             task.add_done_callback(under_way.discard)
@@ -166,7 +171,8 @@ async def _serve_tcp(server: Address, listener: socket.socket, room: asyncio.Sem
     under_way: set[asyncio.Task[None]] = set()
     while True:
         inside, _ = await loop.sock_accept(listener)
-        if room.locked():
+        await asyncio.sleep(0)
+        if len(under_way) >= _AT_ONCE:
             inside.close()
             continue
         task = loop.create_task(_converse(server, inside, room))

@@ -258,7 +258,7 @@ listener = socket.socket(socket.AF_UNIX); listener.bind(sys.argv[1]); listener.l
 while True:
     connection, _ = listener.accept()
     connection.recv(65536)
-    entry = {"netns": None, "uid": 0, "gid": 0, "groups": [0], "environment": {"LD_PRELOAD": "/evil"}, "userns": None}
+    entry = {"netns": None, "uid": 0, "gid": 0, "groups": [0], "environment": {"LD_PRELOAD": "/evil"}}
     try:
         connection.sendall(json.dumps({"parameters": entry}).encode() + bytes(1))
     except OSError:

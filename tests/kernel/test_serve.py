@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -227,3 +228,46 @@ def test_a_job_ends_with_its_last_process(served: Served, sleeper: Callable[[], 
     assert end(third) == ["created", "began", "ended", "ended"]
     ended = wall()
     assert served.ok("Finish", job="e", exit_code=3)["record"]["wall_ns"] == ended
+
+
+def test_a_process_whose_first_thread_has_ended_lives(served: Served) -> None:
+    """Its leader looks like a zombie while others of its threads run, and the agent is not to spin on it."""
+    code = (
+        "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(1000,)).start(); "
+        "ctypes.CDLL(None).syscall({'x86_64': 60, 'aarch64': 93}[__import__('os').uname().machine], 0)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline
+        served.ok("Register", job="z", pid=child.pid)
+        before = served.ok("Cost")["cost"]
+        served.ok("Snapshot")
+        after = served.ok("Cost")["cost"]
+        assert after["cpu_seconds"] - before["cpu_seconds"] < after["uptime_seconds"] - before["uptime_seconds"] + 1
+        assert [event["event"] for event in served.ok("Events", job="z")["events"]] == ["created", "began"]
+        assert served.ok("Kill", job="z") == {"survivors": []}
+    finally:
+        child.kill()
+        child.wait()
+    served.ok("Snapshot")
+    assert [event["event"] for event in served.ok("Events", job="z")["events"]].count("ended") == 1
+
+
+def test_a_connection_whose_maker_has_ended_acts_no_more(served: Served) -> None:
+    """It may have been made to look as if it came from outside the job that its heir is in."""
+    served.ok("Create", job="other")
+    left, right = socket.socketpair()
+    if (pid := os.fork()) == 0:
+        made = served.connect()
+        socket.send_fds(left, [b"x"], [made.fileno()])
+        os._exit(0)
+    _, (fd,), _, _ = socket.recv_fds(right, 1, 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    with socket.socket(fileno=fd) as heir, left, right:
+        heir.settimeout(20)
+        for method in ("Kill", "Suspend", "Finish", "Attach"):
+            assert talk(heir, method, job="other")["error"].endswith(".NotPermitted")
+        assert talk(heir, "Create", job="new")["error"].endswith(".NotPermitted")
+        assert talk(heir, "Usage", job="other")["parameters"]["job"]["id"] == "other"

@@ -363,7 +363,7 @@ def test_who_does_not_read_its_answers_is_dropped(play, caplog, monkeypatch):
 def uids(monkeypatch):
     """The uid of each connection, in the order they come."""
     coming = []
-    monkeypatch.setattr(module, "_caller", lambda _: Caller(1, coming.pop(0), 1))
+    monkeypatch.setattr(module, "_caller", lambda _: Caller(1, coming.pop(0), 1, "1:1"))
     return coming
 
 

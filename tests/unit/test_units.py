@@ -158,7 +158,7 @@ def test_paths_are_the_same_everywhere() -> None:
     place = settings(UNITS / "acctd-jobs.service")["Slice"][0] + "/acctd-jobs.service"
     assert shipped.cgroup.base == f"{place}/jobs"
     made = re.findall(r"^d (\S+)", (UNITS / "acctd.tmpfiles").read_text(), re.MULTILINE)
-    assert made == [str(default.runtime_dir), str(default.state_dir)]
+    assert made == [str(default.runtime_dir), f"{default.runtime_dir}/unaccounted", str(default.state_dir)]
 
 
 @pytest.mark.parametrize("name", HARDENING)
