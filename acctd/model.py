@@ -26,7 +26,7 @@ MEMORY_MIN = 1 << 20
 
 INT64_MAX = 2**63 - 1
 
-CLASSES_MAX, NETWORKS_MAX = 64, 4096
+CLASSES_MAX, NETWORKS_MAX = 64, 1024
 """Of one job: each class is some rules, and each network an element of a set or a rule."""
 
 # HTCondor 12.0, Grid Engine 42.3, Slurm 17_4, Torque 12[3].server.domain: all of these are ids.

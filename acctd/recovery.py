@@ -36,13 +36,16 @@ def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Re
     sweep_sentinels(agent.layout, agent.config.cgroup.base)
     if adopt is not None:
         _reinstate(agent)
-    # Families first: an ended one tells its parent what it used before the parent's own record is written.
+    # Families first: an ended one tells its parent what it used before the parent's own record is written; and a parent
+    # goes on as long as one of them does.
+    above: set[int] = set()
     for row in reversed(agent.ledger.open_jobs()):
         kept = row.keeper != agent.keeper and procs.is_alive(row.keeper) and row.boot_id == agent.boot_id
         if kept or row.seq in agent.held:
+            above.update({row.parent} if row.parent is not None else ())
             continue
         try:
-            record = _recover_one(agent, row, adopt)
+            record = _recover_one(agent, row, adopt, above)
             if record is not None:
                 written.append(record)
         except (AcctdError, OSError) as e:
@@ -71,12 +74,12 @@ def _unaccounted(agent: Agent) -> Path:
     return agent.config.socket.parent / "unaccounted"
 
 
-def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | None) -> Record | None:
+def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | None, above: set[int]) -> Record | None:
     # With the controllers it was made with: the configuration may name others by now.
     layout = discover(seen.place.controllers)
-    if adopt is None and _stays(agent, hold(seen, layout)):
+    if adopt is None and _stays(agent, hold(seen, layout), above):
         return None
-    row = _claimed(agent, seen, adopt)
+    row = _claimed(agent, seen, adopt, above)
     if row is None:
         return None  # somebody else deals with it
     # From here on the row as it is now: its keeper may have done more before it died.
@@ -85,7 +88,7 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
         # The agent died between its intent and the first process: its starter will call again.
         agent.ledger.made(row.seq)
         job = hold(replace(row, phase="made", terms=replace(row.terms, member=None)), layout)
-    row, stays = job.row, _stays(agent, job)
+    row, stays = job.row, _stays(agent, job, above)
     if stays and adopt is None:
         return None  # we do not stay; the next one finds our claim dead
     if row.phase == "making" or (row.phase == "made" and not stays):
@@ -119,22 +122,28 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
         raise
 
 
-def _claimed(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | None) -> OpenJob | None:
+def _claimed(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | None, above: set[int]) -> OpenJob | None:
     """The row as it is now, ours from here on; None if somebody else was first."""
     try:
         return agent.ledger.claim(seen, agent.keeper)
     except LedgerError:
         # A full disk: one that lives is held all the same, and becomes ours in the ledger when that can be written.
-        if adopt is None or not _stays(agent, hold(seen, discover(seen.place.controllers))):
+        if adopt is None or not _stays(agent, hold(seen, discover(seen.place.controllers)), above):
             raise
         return seen
 
 
-def _stays(agent: Agent, job: Job) -> bool:
-    """Whether the job goes on: it has processes, or waits for its first. No job outlives a boot."""
-    if job.row.boot_id != agent.boot_id:
+def _stays(agent: Agent, job: Job, above: set[int]) -> bool:
+    """Whether the job goes on: it has processes, or waits for its first, or a family inside it goes on (`above` has it
+    then, and gets the job's own parent). No job outlives a boot.
+    """
+    row = job.row
+    if row.boot_id != agent.boot_id:
         return False
-    return job.row.phase == "made" or (job.row.phase == "running" and bool(job.cgroups.living()))
+    runs = row.phase == "running" and (row.seq in above or bool(job.cgroups.living()))
+    if (runs or row.phase == "made") and row.parent is not None:
+        above.add(row.parent)
+    return runs or row.phase == "made"
 
 
 def _reinstate(agent: Agent) -> None:

@@ -267,3 +267,20 @@ def test_a_family_lies_in_its_parents_directories(
     assert (Path(made[0]).parent.parent / "job_p").is_dir()
     served.ok("Finish", job="c")
     assert [job["id"] for job in served.ok("List")["jobs"]] == ["p"]
+
+
+def test_a_parent_goes_on_with_a_family_that_waits(
+    served: Served, sleeper: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    """Its own processes have ended while nobody looked; the family inside it can be entered all the same."""
+    pilot = sleeper()
+    served.ok("Register", job="par", pid=pilot.pid)
+    served.ok("Create", job="kid", parent="par")
+    served.stop(signal.SIGKILL)
+    pilot.kill()
+    pilot.wait()
+    served.start()
+    assert sorted(job["id"] for job in served.ok("List")["jobs"]) == ["kid", "par"]
+    served.ok("Attach", job="kid", pid=sleeper().pid)
+    served.ok("Kill", job="par")
+    assert served.ok("Finish", job="kid")["record"]["parent"] == "par"
