@@ -435,6 +435,7 @@ class Daemon:
     async def _housekeeping(self) -> None:
         """What a tick does beside reading: mend chains, take tracked processes, catch up, clear up."""
         self._warden.mend(self._idle())
+        self._warden.keep_forwarding(self._idle())
         survey = tracking.Survey()
         for job in self._idle():
             if job.row.terms.rules and self._is_idle(job):

@@ -9,6 +9,7 @@ from acctd.books import Books
 from acctd.errors import AcctdError
 from acctd.job import Job
 from acctd.kernel import nfevents
+from acctd.network import host
 from acctd.network.backend import Chains, Count, Sample
 from acctd.news import News
 from acctd.sentry import Sentry
@@ -48,6 +49,24 @@ class Warden:
         for job, sentence in mended:
             self._news.tell(job, "mended", sentence)
         return bool(mended)
+
+    def keep_forwarding(self, jobs: Iterable[Job]) -> None:
+        """Switch the host's forwarding on again where another program has switched it off under jobs with pipes."""
+        piped = [job.pools for job in jobs if job.pools is not None]
+        if not piped:
+            return
+        v4, v6 = host.forwards()
+        ipv6 = any(pools.v6 is not None for pools in piped)
+        if v4 and (v6 or not ipv6):
+            return
+        try:
+            host.enable_forwarding(ipv6=ipv6)
+        except AcctdError as e:
+            self._news.trouble(None, e)
+            return
+        self._news.tell(
+            None, "mended", "another program had switched forwarding off, without which no job has a network"
+        )
 
     def guard(self, jobs: Iterable[Job]) -> None:
         """Hear soon of what other programs do to the chains of these jobs."""

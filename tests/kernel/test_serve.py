@@ -271,3 +271,14 @@ def test_a_connection_whose_maker_has_ended_acts_no_more(served: Served) -> None
             assert talk(heir, method, job="other")["error"].endswith(".NotPermitted")
         assert talk(heir, "Create", job="new")["error"].endswith(".NotPermitted")
         assert talk(heir, "Usage", job="other")["parameters"]["job"]["id"] == "other"
+
+
+def test_forwarding_that_is_switched_off_is_switched_on_again(served: Served) -> None:
+    lab = served.node.topology
+    served.ok("Create", job="f")
+    off = "net.ipv4.ip_forward=0"
+    lab.run(lab.node, ["sysctl", "-q", "-w", off], check=True)
+    served.ok("Snapshot")
+    assert lab.run(lab.node, ["sysctl", "-n", "net.ipv4.ip_forward"], text=True, capture_output=True).stdout == "1\n"
+    told = [event for event in served.ok("Events")["events"] if event["event"] == "mended"]
+    assert [event["job"] for event in told] == [None]
