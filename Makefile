@@ -42,6 +42,9 @@ bench: $(READY) ## all benchmarks; their tables belong into docs/performance.md
 	$(RUN) -m bench.lifecycle
 	$(RUN) -m bench.poll
 	$(RUN) -m bench.chains
+	$(RUN) -m bench.agent
+	$(RUN) -m bench.hook
+	$(RUN) -m bench.storm
 
 docs: $(READY) ## make docs/metrics.md anew from the metric catalogue
 	$(RUN) -m exporters.reference > docs/metrics.md
