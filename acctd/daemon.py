@@ -18,7 +18,7 @@ from acctd.config import Config
 from acctd.cost import Cost
 from acctd.errors import AcctdError, InUseError, NotFoundError, UsageError
 from acctd.job import Ending, Job, boottime
-from acctd.kernel import procs
+from acctd.kernel import mountinfo, procs
 from acctd.model import JobSpec, Record
 from acctd.news import News
 from acctd.recovery import forget_unaccounted, recover, unaccounted
@@ -43,6 +43,7 @@ class Daemon:
         self.jobs: dict[str, Job] = {}
         self._busy: set[str] = set()  # being finished
         self._vigil = Vigil()
+        self._roots = mountinfo.cgroup_roots()
         self._warden = Warden(agent, self.books, self.news, self.jobs)
         self._tasks: dict[asyncio.Task[Any], Job | None] = {}
         self._relays = Relays(agent)
@@ -248,7 +249,7 @@ class Daemon:
 
     def job_of(self, pid: int) -> Job | None:
         """The job that a process is in; of nested ones the innermost."""
-        return family.innermost(self.jobs, procs.cgroups(pid))
+        return family.innermost(self.jobs, procs.cgroups(pid), self._roots)
 
     def read(self, job: Job) -> None:
         """Read a job now, with the families inside it, whose networks are part of its account."""

@@ -37,13 +37,20 @@ def totals(job: Job, families: Iterable[Job]) -> State:
     return add(job.meter.now(), *inside)
 
 
-def innermost(jobs: Mapping[str, Job], cgroups: Iterable[str]) -> Job | None:
-    """The job that a process is in, by the paths in its /proc/PID/cgroup; of nested ones the innermost."""
+def innermost(jobs: Mapping[str, Job], cgroups: Iterable[str], roots: Iterable[str]) -> Job | None:
+    """The job that a process is in, by the paths in its /proc/PID/cgroup; of nested ones the innermost.
+
+    `roots` as mountinfo.cgroup_roots: a user may have a subtree of its own, with directories that are named like ours.
+    """
+    places = tuple(roots)
     best: Job | None = None
     for path in cgroups:
         for match in _JOB.finditer(path):
             job = jobs.get(match.group(1))
-            if job is None or f"/{job.cgroups.base}/{job.cgroups.name}/" not in f"{path}/":
+            if job is None:
+                continue
+            inside = f"/{job.cgroups.base}/{job.cgroups.name}/"
+            if not any(f"{path}/".startswith(root + inside) for root in places):
                 continue
             if best is None or len(job.cgroups.base) > len(best.cgroups.base):
                 best = job

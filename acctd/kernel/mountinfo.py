@@ -51,6 +51,20 @@ def cgroup_mounts(root: Path = Path("/")) -> list[CgroupMount]:
     return parse_mountinfo(os.fsdecode((root / "proc/self/mountinfo").read_bytes()), root)
 
 
+def cgroup_roots(root: Path = Path("/")) -> set[str]:
+    """What the cgroup mounts of this process begin at in their hierarchies: "" for the whole, or a container's part.
+
+    A path in /proc/PID/cgroup is below one of these if the cgroup can be seen here.
+    """
+    found = set()
+    for line in os.fsdecode((root / "proc/self/mountinfo").read_bytes()).split("\n"):
+        before, dash, after = line.partition(" - ")
+        fields = before.split(" ")
+        if dash and len(fields) >= 5 and after.split(" ")[0] in ("cgroup", "cgroup2"):
+            found.add(_unescape(fields[3]).rstrip("/"))
+    return found
+
+
 def _unescape(field: str) -> str:
     """mountinfo writes space, tab, newline and backslash as three octal digits."""
     for octal, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
