@@ -10,7 +10,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -92,15 +92,18 @@ class Ledger:
         self.path = path
         self.closed = False
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
-            os.chmod(path, 0o600)
-            found = os.stat(path)
-            self._file = found.st_dev, found.st_ino
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._migrate()
-            # NORMAL: a commit survives kill -9, and a power cut takes the jobs themselves along. Records use FULL.
-            self._db.execute("PRAGMA synchronous = NORMAL")
+            with ExitStack() as undo:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
+                undo.callback(self.close)
+                os.chmod(path, 0o600)
+                found = os.stat(path)
+                self._file = found.st_dev, found.st_ino
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._migrate()
+                # NORMAL: a commit survives kill -9, and a power cut takes the jobs themselves along. Records use FULL.
+                self._db.execute("PRAGMA synchronous = NORMAL")
+                undo.pop_all()
         except (sqlite3.Error, OSError) as e:
             raise _trouble(path, e) from e
 

@@ -15,7 +15,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import click
 
@@ -23,7 +24,8 @@ from acctd import config as configuration
 from acctd.agent import Agent
 from acctd.config import Config
 from acctd.daemon import Daemon
-from acctd.errors import AcctdError, LedgerError, UsageError
+from acctd.errors import AcctdError, ExhaustedError, InUseError, LedgerError, NotPermittedError, UsageError
+from acctd.kernel import filelock, private
 from acctd.methods import Methods
 from acctd.server import Server
 
@@ -45,7 +47,8 @@ def command(config_path: str | None) -> int:
     _raise_descriptor_limit()
     try:
         inherited = inherited_socket()
-        with _agent(configuration.load(config_path, os.environ)) as agent:
+        config = configuration.load(config_path, os.environ)
+        with _alone(config), _agent(config) as agent:
             asyncio.run(_Service(agent, config_path, inherited).run())
     except AcctdError as e:
         if not _is_journal(sys.stderr.fileno()):
@@ -53,6 +56,21 @@ def command(config_path: str | None) -> int:
         log.error("%s", e)  # as the command line would say it, with a priority
         return e.exit_code
     return 0
+
+
+@contextmanager
+def _alone(config: Config) -> Iterator[None]:
+    """One agent for a runtime directory; the lock ends with the process, however that ends."""
+    if os.geteuid() != 0:
+        raise NotPermittedError("acctd serve needs root to hold this node's jobs; run as root or by sudo")
+    private.make(config.runtime_dir)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(filelock.held(f"{config.runtime_dir}/agent.lock", patience=0.0))
+        except ExhaustedError as e:
+            said = f"another agent holds {config.runtime_dir}; stop it first, or set another runtime_dir"
+            raise InUseError(said) from e
+        yield
 
 
 def _agent(config: Config) -> Agent:

@@ -197,8 +197,8 @@ def test_a_reload_disturbs_no_job_and_a_wrong_file_changes_nothing(
 
 def test_two_agents_on_one_socket(served: Served) -> None:
     done = served.node.acctd("serve", timeout=30)
-    assert done.returncode == 77
-    assert "served already" in done.stderr
+    assert done.returncode == 73
+    assert f"another agent holds {served.node.directory}/run" in done.stderr
     assert served.ok("List") == {"jobs": []}
 
 
