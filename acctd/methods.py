@@ -158,6 +158,9 @@ class Methods:
         self._may_make(caller, wanted.parent)
         parent = self._daemon.find(wanted.parent) if wanted.parent is not None else None
         self._may_take(caller, pid, parent)
+        now = self._daemon.job_of(pid)
+        if now is not None and parent is None:
+            raise UsageError(f"pid {pid} is in job {now.spec.id!r}; name that as the parent, or attach the process")
         spec = JobSpec(
             id=wanted.job,
             owner=parent.spec.owner if parent else accounts.of(caller.uid, caller.gid),

@@ -88,6 +88,11 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
         # The agent died between its intent and the first process: its starter will call again.
         agent.ledger.made(row.seq)
         job = hold(replace(row, phase="made", terms=replace(row.terms, member=None)), layout)
+    elif adopt is not None and row.phase == "made" and row.boot_id == agent.boot_id and _ran(agent, job):
+        # Its beginning could not be written, on a full disk.
+        agent.ledger.begin(row.seq, row.boot_ns, row.terms)
+        member = procs.identity(min(living)) if (living := job.cgroups.living()) else None
+        job = hold(replace(row, phase="running", terms=replace(row.terms, member=member)), layout)
     row, stays = job.row, _stays(agent, job, above)
     if stays and adopt is None:
         return None  # we do not stay; the next one finds our claim dead

@@ -251,6 +251,33 @@ def test_a_job_finished_on_a_full_disk_has_its_record_though_the_agent_dies(cram
     assert any("exit status is unknown" in note for note in record.notes)
 
 
+def test_a_job_begun_on_a_full_disk_has_run_though_the_agent_dies(
+    cramped: tuple[Logged, Disk], sleeper: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    """Its beginning could not be written: what it has used says that it began."""
+    served, disk = cramped
+    for name in ("lives", "ended"):
+        served.ok("Create", job=name, network="host")
+    disk.fill()
+    child = sleeper()
+    served.ok("Attach", job="lives", pid=child.pid)
+    spin = subprocess.Popen(
+        ["sh", "-c", "read _; i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"], stdin=subprocess.PIPE
+    )
+    served.ok("Attach", job="ended", pid=spin.pid)
+    spin.communicate(b"\n")
+    served.stop(signal.SIGKILL)
+    disk.free()
+    served.start()
+    assert {job["id"]: job["phase"] for job in served.ok("List")["jobs"]} == {"lives": "running"}
+    record = served.ok("Finish", job="ended")["record"]
+    assert record["totals"]["cpu_user"][""] > 0
+    child.kill()
+    child.wait()
+    served.ok("Snapshot")
+    assert served.ok("Events", job="lives")["events"][-1]["event"] == "ended"
+
+
 def test_an_agent_that_cannot_begin_on_a_full_disk_waits_for_room(cramped: tuple[Logged, Disk]) -> None:
     """Stopped cleanly, it has left nothing beside the file that SQLite could go on in."""
     served, disk = cramped
