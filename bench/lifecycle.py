@@ -144,7 +144,7 @@ def stopwatches(world: World) -> Iterator[dict[str, list[float]]]:
         ("cgroups", JobCgroups, ("create", "kill", "remove")),
         ("chain", chains, ("add", "read", "remove")),
         ("pipe", pipe, ("make", "remove")),
-        ("agent", Agent, ("_count_block_io", "_open_readers", "take")),
+        ("agent", Agent, ("_count_block_io", "open_readers", "take")),
         ("conntrack", conntrack, ("forget",)),
     ]
     times: dict[str, list[float]] = {}

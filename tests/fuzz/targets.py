@@ -21,6 +21,7 @@ from unittest import mock
 import msgspec
 
 from acctd import hook, hookcall, hookexec, methods, tracking, varlink
+from acctd.caller import Caller
 from acctd.errors import AcctdError, KernelRefusedError, UsageError
 from acctd.kernel import conntrack, mountinfo, nftrules, procs
 from acctd.kernel.xtables import V4, V6, Family
@@ -113,7 +114,7 @@ def _take(wanted: Any) -> None:
     elif name == "_Track":
         tracking.check(Rule(wanted.environment, wanted.login, wanted.group))
     elif name in ("_Create", "_Register"):
-        methods._terms(wanted.watcher, wanted.interval)
+        methods._terms(Caller(1, 0, 0, ""), wanted.watcher, wanted.interval)
         classes = limits = None
         network = "nat"
         if name == "_Create":

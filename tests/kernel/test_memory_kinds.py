@@ -46,7 +46,7 @@ class Held:
         """Its totals in the ledger, as of now."""
         with Ledger(self.node.directory / "state" / FILE) as ledger:
             (row,) = [row for row in ledger.open_jobs() if row.spec.id == self.job]
-        return row.totals
+        return row.account.meter.totals
 
     def until(self, seen: Callable[[dict[str, dict[str, int]]], bool]) -> None:
         """Wait until the ledger's totals of the job satisfy this."""
