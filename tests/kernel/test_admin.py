@@ -65,6 +65,9 @@ class Terminal:
     def __init__(self, argv: list[str], environ: dict[str, str], columns: int = 80) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            # A login has no signal ignored; whoever runs the tests in the background may have.
+            for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP, signal.SIGHUP, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
             os.execvpe(argv[0], argv, environ)  # noqa: S606
         self.seen = ""
