@@ -12,20 +12,9 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from acctd.errors import (
-    AcctdError,
-    ConfigError,
-    ExhaustedError,
-    InUseError,
-    KernelRefusedError,
-    LedgerError,
-    NotFoundError,
-    NotPermittedError,
-    UnavailableError,
-    UsageError,
-)
+from acctd.errors import AcctdError, UnavailableError, UsageError
 from acctd.meter import State
-from acctd.varlink import INTERFACE
+from acctd.varlink import ERRORS, INTERFACE
 
 _T = TypeVar("_T")
 
@@ -33,15 +22,7 @@ TIMEOUT = 60.0
 """Seconds a call may take; a kill may wait 10 s for processes that do not want to die."""
 
 _ERRORS: dict[str, type[AcctdError]] = {
-    "LedgerFailed": LedgerError,
-    "ConfigError": ConfigError,
-    "UsageError": UsageError,
-    "NotFound": NotFoundError,
-    "NotPermitted": NotPermittedError,
-    "InUse": InUseError,
-    "Exhausted": ExhaustedError,
-    "Unavailable": UnavailableError,
-    "KernelRefused": KernelRefusedError,
+    **{name: kind for kind, name in ERRORS},
     # org.varlink.service's own: it knows no such method, or no such parameter of it.
     "InvalidParameter": UsageError,
     "MethodNotFound": UnavailableError,

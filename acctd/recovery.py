@@ -100,7 +100,10 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
         agent.abandon(job, _PATIENCE)
         return None
     if row.phase == "closed":
-        agent.leftovers.append(job)  # signed off: nobody needs to wait for what is left of it
+        # Signed off: nobody needs to wait for what is left of it. Held, or the next recover() would list it once more,
+        # and clear_up() take the second time whatever has its id by then.
+        agent.held[row.seq] = job
+        agent.leftovers.append(job)
         agent.clear_up()
         return None
     if row.boot_id == agent.boot_id:

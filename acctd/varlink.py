@@ -135,7 +135,7 @@ error ConfigError (message: string)
 error Failed (message: string)
 """
 
-_ERRORS: tuple[tuple[type[AcctdError], str], ...] = (
+ERRORS: tuple[tuple[type[AcctdError], str], ...] = (
     (UsageError, "UsageError"),
     (LedgerError, "LedgerFailed"),
     (ConfigError, "ConfigError"),
@@ -212,5 +212,5 @@ def failure(error: str, **parameters: str) -> bytes:
 
 def refusal(error: AcctdError) -> bytes:
     """One of acctd's own errors as a frame."""
-    name = next((name for kind, name in _ERRORS if isinstance(error, kind)), "Failed")
+    name = next((name for kind, name in ERRORS if isinstance(error, kind)), "Failed")
     return failure(f"{INTERFACE}.{name}", message=str(error))

@@ -261,8 +261,8 @@ while True:
     entry = {"netns": None, "uid": 0, "gid": 0, "groups": [0], "environment": {"LD_PRELOAD": "/evil"}}
     try:
         connection.sendall(json.dumps({"parameters": entry}).encode() + bytes(1))
-    except OSError:
-        pass
+    except OSError as e:
+        print("root hung up first, as it may:", e, file=sys.stderr)
     connection.close()
 """
     with tempfile.TemporaryDirectory(prefix="acctdtest-") as home:
