@@ -21,7 +21,7 @@ from acctd.job import Ending, Job, boottime
 from acctd.kernel import mountinfo, procs
 from acctd.model import JobSpec, Record
 from acctd.news import News
-from acctd.recovery import forget_unaccounted, recover, unaccounted
+from acctd.recovery import recover, unaccounted
 from acctd.relays import Relays
 from acctd.rows import Rule, Terms
 from acctd.vigil import Vigil
@@ -56,9 +56,9 @@ class Daemon:
 
         Call it inside the running event loop.
         """
-        for said in unaccounted(self.agent):
+        for path, said in unaccounted(self.agent):
             self.news.tell(None, "unaccounted", f"started without an agent: {said}")
-        forget_unaccounted(self.agent)
+            path.unlink()
         self._take_over()
         self._warden.guard(self.jobs.values())
         self._warden.mend(self.jobs.values())

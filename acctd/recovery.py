@@ -54,24 +54,11 @@ def recover(agent: Agent, adopt: Callable[[Job], None] | None = None) -> list[Re
     return written
 
 
-def unaccounted(agent: Agent) -> list[str]:
-    """What acctd-hook exec --fail-open let by while no agent answered, once; see hookexec.py."""
-    place = _unaccounted(agent)
+def unaccounted(agent: Agent) -> list[tuple[Path, str]]:
+    """What acctd-hook exec --fail-open let by while no agent answered (hookexec.py): files, to be removed once told."""
+    place = agent.config.socket.parent / "unaccounted"
     private.make(place)
-    found = []
-    for path in sorted(place.iterdir()):
-        found.append(path.read_text(errors="replace").strip()[:4096])
-    return found
-
-
-def forget_unaccounted(agent: Agent) -> None:
-    """They have been told."""
-    for path in _unaccounted(agent).iterdir():
-        path.unlink()
-
-
-def _unaccounted(agent: Agent) -> Path:
-    return agent.config.socket.parent / "unaccounted"
+    return [(path, path.read_text(errors="replace").strip()[:4096]) for path in sorted(place.iterdir())]
 
 
 def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | None, above: set[int]) -> Record | None:

@@ -282,3 +282,16 @@ def test_forwarding_that_is_switched_off_is_switched_on_again(served: Served) ->
     assert lab.run(lab.node, ["sysctl", "-n", "net.ipv4.ip_forward"], text=True, capture_output=True).stdout == "1\n"
     told = [event for event in served.ok("Events")["events"] if event["event"] == "mended"]
     assert [event["job"] for event in told] == [None]
+
+
+def test_what_started_without_an_agent_is_told_once(served: Served) -> None:
+    """A file of acctd-hook exec --fail-open is an event at the next start, and gone then."""
+    fact = served.path.parent / "unaccounted" / "x.1"
+    assert served.stop() == 0
+    fact.write_text('{"job": "x", "command": "true"}')
+    for _ in range(2):
+        served.start()
+        told = [event["text"] for event in served.ok("Events")["events"] if event["event"] == "unaccounted"]
+        assert told == ['started without an agent: {"job": "x", "command": "true"}']
+        assert not fact.exists()
+        assert served.stop() == 0
