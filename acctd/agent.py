@@ -492,4 +492,7 @@ class Agent:
             stacked=tuple(sorted(device for device, stacked in job.stacked.items() if stacked)),
             notes=tuple(job.notes),
             parent=row.spec.parent,
+            shortages=tuple(job.shortages),
+            shortages_dropped=job.shortages_dropped,
+            cpus=row.place.cpus,
         )

@@ -13,6 +13,7 @@ from acctd.metrics import BLOCK, NETWORK_BYTES, NETWORK_PACKETS, Readings
 from acctd.model import JobSpec, chain_name
 from acctd.network import pool
 from acctd.network.backend import ChainPlan, Chains, Counts, Pools, Sample
+from acctd.policies import Shortage
 from acctd.rows import Account, OpenJob, Place
 from collectors.blkio import BlkioReader, OwnBlkioReader
 from collectors.cpu import CpuReader
@@ -22,6 +23,9 @@ from collectors.pressure import PressureReader
 
 NETWORK = (NETWORK_BYTES, NETWORK_PACKETS)
 """The metrics that a job's chain counts."""
+
+SHORTAGES = 20
+"""Kept of one job: a limit that grows in small steps, or a server whose workers are killed, could have any number."""
 
 NETWORK_NAMES = tuple(metric.name for metric in NETWORK)
 BLOCK_NAMES = tuple(metric.name for metric in BLOCK)
@@ -58,6 +62,8 @@ class Job:
     namespace: int | None = None
     readers: list[Reader] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    shortages: list[Shortage] = field(default_factory=list)  # the first and the newest
+    shortages_dropped: int = 0
     stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
     incarnation: str | None = None  # of its chain, as of the last reading; None before the first
     damage: str | None = None  # what another program did to its chain, until that is mended
@@ -71,7 +77,10 @@ class Job:
     @property
     def account(self) -> Account:
         """What the ledger is to know of it."""
-        return Account(self.meter.stored(), self.incarnation, tuple(self.notes), self.stacked, self.families)
+        return Account(
+            *(self.meter.stored(), self.incarnation, tuple(self.notes), self.stacked, self.families),
+            *(tuple(self.shortages), self.shortages_dropped),
+        )
 
     @property
     def apart(self) -> tuple[str, ...]:
@@ -84,6 +93,14 @@ class Job:
         if sentence not in self.notes:
             self.notes.append(sentence)
             self.unstored = True
+
+    def ran_out(self, shortage: Shortage) -> None:
+        """Keep evidence of a shortage of memory; of many the first and the newest."""
+        self.shortages.append(shortage)
+        if len(self.shortages) > SHORTAGES:
+            del self.shortages[1]
+            self.shortages_dropped += 1
+        self.unstored = True
 
     def take_sample(self, sample: Sample | None) -> None:
         """Meter a reading of its chain, unless that is not the one read before: see mending.py."""
@@ -151,6 +168,8 @@ def hold(row: OpenJob, layout: Layout) -> Job:
         *(row, JobCgroups(layout, row.place.base, cgroup_name(row.spec.id)), Meter.restore(account.meter)),
         families=account.families,
         notes=list(account.notes),
+        shortages=list(account.shortages),
+        shortages_dropped=account.shortages_dropped,
         stacked=dict(account.stacked),
         incarnation=account.incarnation,
     )

@@ -9,12 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from acctd.errors import UsageError
+from acctd.policies import Isolation, OomPolicy, Shortage
 
 Network = IPv4Network | IPv6Network
 OwnNetwork = Literal["nat", "host", "none"]
+MemoryPolicy = Literal["hard", "soft", "custom", "none"]
+"""What becomes of the memory that a job asks for, in HTCondor's words: its hard limit; its soft one; both, apart, as
+given; or nothing but a line in its record."""
 NetworkMode = Literal["nat", "host", "none", "parent"]
 """parent: a family's processes stay in the network of the job they are in, and are counted there alone."""
 
@@ -36,6 +40,7 @@ _TAG_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}\Z")
 _SIZE = re.compile(r"(\d{1,4000}(?:\.\d{1,4000})?)\s*([KMGTP]?)(?:i?B)?\Z", re.IGNORECASE | re.ASCII)
 # What chain_name() makes of other ids; an id that looks so itself would take another job's chain.
 _HASHED = re.compile(r"_[0-9a-f]{8}\Z")
+_LINEAR = re.compile(r"linear:[1-9]\d{0,4}\Z", re.ASCII)
 _CPU_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*\Z", re.ASCII)
 
 
@@ -60,13 +65,15 @@ class Owner:
 class Limits:
     """What the job may use; None means no limit of its own."""
 
-    memory: int | None = None  # bytes, hard
+    memory: int | None = None  # bytes, hard unless memory_policy says otherwise
     memory_soft: int | None = None  # bytes
     swap: int | None = None  # bytes of swap, beside the memory
     cpus: float | None = None  # cores, quota
+    cpu_burst: float | None = None  # s of CPU beyond the quota that unused quota may save up
     cpu_shares: int | None = None  # cpu.shares, 1024 is one ordinary job
-    cpuset: str | None = None  # list format, "0-3,8"
+    cpuset: str | None = None  # list format, "0-3,8"; or "linear:N", N cores that no other job has
     pids: int | None = None  # tasks
+    memory_policy: MemoryPolicy = "custom"
 
     def __post_init__(self) -> None:
         _within("memory", self.memory, MEMORY_MIN, INT64_MAX, "bytes")
@@ -75,14 +82,39 @@ class Limits:
         _within("cpus", self.cpus, 0.01, 65536, "cores")
         _within("cpu_shares", self.cpu_shares, 2, 262144, "shares")
         _within("pids", self.pids, 1, 4194304, "tasks")
-        if self.cpuset is not None and not _CPU_LIST.match(self.cpuset):
-            raise UsageError(f"cpuset {self.cpuset!r} is no CPU list; write it like 0-3 or 0,2,8-11")
+        _within("cpu_burst", self.cpu_burst, 0.001, 65536, "seconds")
+        if self.cpuset is not None and not _CPU_LIST.match(self.cpuset) and not _LINEAR.match(self.cpuset):
+            raise UsageError(f"cpuset {self.cpuset!r} is no CPU list; write it like 0-3 or 0,2,8-11, or linear:N")
+        if self.cpu_burst is not None and self.cpus is None:
+            raise UsageError(f"cpu_burst {self.cpu_burst} needs a quota to go beyond; set cpus too")
+        if self.memory_policy not in get_args(MemoryPolicy):
+            known = ", ".join(get_args(MemoryPolicy))
+            raise UsageError(f"memory_policy {self.memory_policy!r} is none; it is one of {known}")
+        if self.memory_policy != "custom" and self.memory_soft is not None:
+            raise UsageError(
+                f"memory_soft {self.memory_soft} is for memory_policy custom, not {self.memory_policy}; leave one out"
+            )
         if self.memory is not None and self.memory_soft is not None and self.memory_soft > self.memory:
             raise UsageError(
                 f"memory_soft {self.memory_soft} is above memory {self.memory}; the soft limit must be the lower one"
             )
         if self.swap is not None and self.memory is None:
             raise UsageError(f"swap {self.swap} needs a memory limit to go with it; set memory too")
+
+    @property
+    def hard(self) -> int | None:
+        """Bytes of memory that the job can never go over."""
+        return self.memory if self.memory_policy in ("hard", "custom") else None
+
+    @property
+    def soft(self) -> int | None:
+        """Bytes above which the job is the first to be pushed back when memory is short."""
+        return self.memory if self.memory_policy == "soft" else self.memory_soft
+
+    @property
+    def linear(self) -> int | None:
+        """How many cores it is to have for itself, where that is what it asks for."""
+        return int(self.cpuset[7:]) if self.cpuset is not None and _LINEAR.match(self.cpuset) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +128,8 @@ class JobSpec:
     classes: tuple[DestinationClass, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     parent: str | None = None  # the job that this family is inside of
+    oom: OomPolicy = field(default_factory=OomPolicy)
+    isolation: Isolation = field(default_factory=Isolation)
 
     def __post_init__(self) -> None:
         check_job_id(self.id)
@@ -130,6 +164,9 @@ class Record:
     stacked: tuple[str, ...] = ()  # devices in totals whose I/O is counted again under the device they lie on
     notes: tuple[str, ...] = ()  # what an admin must know about this account, one sentence each
     parent: str | None = None  # the job whose totals include these
+    shortages: tuple[Shortage, ...] = ()  # each time that its memory ran out, oldest first
+    shortages_dropped: int = 0  # others, which are not kept
+    cpus: str = ""  # the cores it had for itself, where it asked for some
 
 
 def check_job_id(job: str) -> str:

@@ -11,6 +11,7 @@ import msgspec
 
 from acctd.meter import State, Stored
 from acctd.model import DestinationClass, JobSpec, Limits, Owner, parse_class
+from acctd.policies import Isolation, OomPolicy, Shortage
 
 Phase = Literal["making", "made", "running", "closed"]
 """making: kernel objects may be half there. made: all there, and the agent waits for somebody to enter. running: the
@@ -26,6 +27,9 @@ class Place:
     pool4: str = ""  # networks in which the slot's addresses lie
     pool6: str = ""  # "" without IPv6
     controllers: tuple[str, ...] = ()  # cgroup.controllers
+    cpus: str = ""  # the cores that this job has for itself, a CPU list; "" where it asked for none
+    mems: str = ""  # and the memory nodes beside them
+    scratch: str = ""  # its scratch directory, see scratch.py; "" without
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,8 @@ class Account:
     notes: tuple[str, ...] = ()
     stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
     families: State = field(default_factory=dict)  # of ended families inside it, what is not in its own counts
+    shortages: tuple[Shortage, ...] = ()  # the first and the newest
+    shortages_dropped: int = 0  # others, not kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +139,8 @@ def _spec(raw: dict[str, Any]) -> JobSpec:
         classes=tuple(_class(cls["name"], *cls["networks"]) for cls in raw["classes"]),
         tags=raw["tags"],
         parent=raw.get("parent"),
+        oom=msgspec.convert(raw.get("oom", {}), OomPolicy),
+        isolation=msgspec.convert(raw.get("isolation", {}), Isolation),
     )
 
 
