@@ -1,6 +1,6 @@
 """The configuration file, /etc/acctd/acctd.toml: read, checked and turned into the types the agent works with.
 
-Keys, types, ranges and defaults are declared once, in the tables below; docs/acctd.toml.example explains them.
+Keys, types, ranges and defaults are declared once, in tables.py; docs/acctd.toml.example explains them.
 Nothing here looks at the kernel: whether this host can do what is asked is found out by whoever does it.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -21,7 +21,28 @@ from msgspec import Meta
 from acctd.cgroup.layout import CONTROLLERS
 from acctd.errors import ConfigError, NotFoundError, NotPermittedError, UsageError
 from acctd.kernel.cgroupfs import checked_parts
-from acctd.model import INT64_MAX, DestinationClass, JobSpec, Limits, OwnNetwork, check_classes, parse_class, parse_size
+from acctd.model import (
+    INT64_MAX,
+    DestinationClass,
+    JobSpec,
+    Limits,
+    OwnNetwork,
+    check_classes,
+    parse_class,
+    parse_size,
+)
+from acctd.policies import Isolation, OomPolicy
+from acctd.tables import (
+    AccessTable,
+    Backend,
+    CgroupTable,
+    FileTable,
+    IsolationTable,
+    LimitsTable,
+    NetworkTable,
+    OomTable,
+    Others,
+)
 
 DEFAULT_FILE = "/etc/acctd/acctd.toml"
 ENVIRONMENT = "ACCTD_CONFIG"
@@ -30,67 +51,6 @@ SUN_PATH = 107
 
 _T = TypeVar("_T")
 _N = TypeVar("_N", IPv4Network, IPv6Network)
-
-Others = Literal["ps", "nothing"]
-Backend = Literal["auto", "iptables", "nftables"]
-
-_Text = Annotated[str, Meta(description="text")]
-_Size = Annotated[int | str, Meta(description='a size such as "2G", or a number of bytes')]
-_Names = Annotated[list[str], Meta(description="a list of names")]
-
-
-class CgroupTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[cgroup] as written."""
-
-    base: _Text = "acctd"
-    controllers: _Names = msgspec.field(default_factory=lambda: list(CONTROLLERS))
-
-
-class NetworkTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[network] as written."""
-
-    mode: Annotated[OwnNetwork, Meta(description='"nat", "host" or "none"')] = "nat"
-    pool4: _Text = "10.181.0.0/18"
-    pool6: _Text = "fd61:6363:7464::/112"
-    backend: Annotated[Backend, Meta(description='"auto", "iptables" or "nftables"')] = "auto"
-    classes: Annotated[dict[str, list[str]], Meta(description="a table NAME = [CIDR, ...]")] = msgspec.field(
-        default_factory=lambda: {"Internal": ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"]}
-    )
-
-
-class LimitsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[limits] as written: what a job gets that asks for nothing else. Ranges are those of model.Limits."""
-
-    memory: _Size | None = None
-    memory_soft: _Size | None = None
-    swap: _Size | None = None
-    cpus: Annotated[float, Meta(description="a number of cores")] | None = None
-    cpu_shares: Annotated[int, Meta(description="a whole number")] | None = None
-    cpuset: Annotated[str, Meta(description='a CPU list such as "0-3"')] | None = None
-    pids: Annotated[int, Meta(description="a whole number")] | None = None
-
-
-class AccessTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """[access] as written."""
-
-    create: Annotated[list[str], Meta(description="a list of user names and @groups")] = msgspec.field(
-        default_factory=list
-    )
-    others: Annotated[Others, Meta(description='"ps" or "nothing"')] = "ps"
-    jobs_per_user: Annotated[int, Meta(ge=1, le=100_000, description="a whole number, 1 to 100000")] = 100
-
-
-class FileTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file's top level as written."""
-
-    state_dir: _Text = "/var/lib/acctd"
-    runtime_dir: _Text = "/run/acctd"
-    socket: _Text = "/run/acctd/acctd.sock"
-    poll_interval: Annotated[float, Meta(ge=0.1, le=3600, description="0.1 to 3600 seconds")] = 10.0
-    cgroup: CgroupTable = msgspec.field(default_factory=CgroupTable)
-    network: NetworkTable = msgspec.field(default_factory=NetworkTable)
-    limits: LimitsTable = msgspec.field(default_factory=LimitsTable)
-    access: AccessTable = msgspec.field(default_factory=AccessTable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +87,33 @@ class AccessConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OomConfig:
+    """What is done about a job whose memory runs out."""
+
+    default: OomPolicy  # of a job that asks for no other
+    ceiling: int | None  # bytes; how far a job that is not root's may let its limit grow
+    reserve: int  # bytes that the node keeps for itself; below, no limit grows
+    program: str | None  # what decides where the policy is exec
+
+
+@dataclass(frozen=True, slots=True)
+class Chroot:
+    """A root directory that jobs may ask for by name."""
+
+    root: str
+    binds: tuple[tuple[str, str, bool], ...]  # source, target inside the root, whether read-only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IsolationConfig:
+    """How far jobs are shut in."""
+
+    default: Isolation  # of every job; it may ask for more
+    scratch_dir: Path  # below it each job that asks for scratch has a directory
+    chroots: Mapping[str, Chroot]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole configuration, checked."""
 
@@ -139,6 +126,8 @@ class Config:
     network: NetworkConfig
     limits: Limits
     access: AccessConfig
+    oom: OomConfig
+    isolation: IsolationConfig
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Config:
@@ -199,6 +188,8 @@ def parse(text: str, file: str | None) -> tuple[Config | None, list[str]]:
         network=reader.network(table.network),
         limits=reader.limits(table.limits),
         access=reader.access(table.access),
+        oom=reader.oom(table.oom),
+        isolation=reader.isolation(table.isolation),
     )
     return (None if reader.mistakes else config), reader.mistakes
 
@@ -223,17 +214,34 @@ class _Reader:
                 self.mistakes.append(f"{key} is no key of acctd; {hint}")
                 continue
             wanted = known[name].type
+            if get_origin(wanted) is dict:  # of tables, by name
+                if self._is_table(key, value):
+                    inner = get_args(wanted)[1]
+                    each = {
+                        one: self.table(inner, it, f"{key}.{one}.")
+                        for one, it in value.items()
+                        if self._is_table(f"{key}.{one}", it)
+                    }
+                    values[name] = each
+                continue
             if isinstance(wanted, type) and issubclass(wanted, msgspec.Struct):
-                if isinstance(value, dict):
+                if self._is_table(key, value):
                     values[name] = self.table(wanted, value, f"{key}.")
-                else:
-                    self.mistakes.append(f"{key} {_shown(value)} is not usable; it takes a table, written [{key}]")
                 continue
             try:
                 values[name] = _converted(value, wanted)
             except msgspec.ValidationError:
                 self.mistakes.append(f"{key} {_shown(value)} is not usable; it takes {_description(wanted)}")
+        for name in [name for name, field in known.items() if field.required and name not in values]:
+            if name not in data:
+                self.mistakes.append(f"{prefix}{name} is missing; it takes {_description(known[name].type)}")
+            values[name] = ""
         return kind(**values)
+
+    def _is_table(self, key: str, value: object) -> bool:
+        if not isinstance(value, dict):
+            self.mistakes.append(f"{key} {_shown(value)} is not usable; it takes a table, written [{key}]")
+        return isinstance(value, dict)
 
     def directory(self, key: str, text: str) -> Path:
         """An absolute path."""
@@ -282,17 +290,75 @@ class _Reader:
         before = len(self.mistakes)
         values = {name: value for name, value in msgspec.structs.asdict(table).items() if value is not None}
         for name, value in values.items():
-            if isinstance(value, str) and name != "cpuset":
+            if isinstance(value, str) and name not in ("cpuset", "memory_policy"):
                 size = self._try("", partial(parse_size, f"limits.{name}", value))
                 if size is None:
                     continue
                 values[name] = size
             # A memory limit that fits whatever the other one is: swap and memory_soft are refused without.
-            alone = {"memory": INT64_MAX} | {name: values[name]}
+            alone = {"memory": INT64_MAX, "cpus": 65536.0} | {name: values[name]}
             self._try("limits.", partial(Limits, **alone))
         if len(self.mistakes) > before:
             return Limits()
         return self._try("limits.", lambda: Limits(**values)) or Limits()
+
+    def oom(self, table: OomTable) -> OomConfig:
+        """A policy that can be followed, and a program that is there for it."""
+        ceiling = self._size("oom.ceiling", table.ceiling)
+        program = table.program
+        if program is not None and (not program.startswith("/") or "\0" in program):
+            self.mistakes.append(f"oom.program {_shown(program)} is not usable; it takes an absolute path")
+        if table.action == "exec" and program is None:
+            self.mistakes.append('oom.action "exec" needs oom.program, what decides then; give its path')
+        made = self._try(
+            "oom: ",
+            lambda: OomPolicy(table.action, ceiling, table.step, table.deadline, tuple(table.thresholds)),
+        )
+        return OomConfig(
+            default=made or OomPolicy(),
+            ceiling=ceiling,
+            reserve=self._size("oom.reserve", table.reserve) or 0,
+            program=program,
+        )
+
+    def isolation(self, table: IsolationTable) -> IsolationConfig:
+        """Paths that are whole, and a default that names a chroot which is there."""
+        chroots = {}
+        for name, each in table.chroots.items():
+            key = f"isolation.chroots.{name}"
+            self._try(f"{key}: ", partial(Isolation, chroot=name))
+            self.directory(f"{key}.root", each.root)
+            chroots[name] = Chroot(each.root, tuple(self._bind(f"{key}.bind", text) for text in each.bind))
+        if table.chroot is not None and table.chroot not in chroots:
+            known = ", ".join(chroots) or "there is none"
+            self.mistakes.append(f"isolation.chroot {table.chroot!r} is no name in isolation.chroots ({known})")
+        made = self._try(
+            "isolation: ",
+            lambda: Isolation(table.pid_namespace, tuple(table.scratch), table.chroot, table.no_new_privs),
+        )
+        return IsolationConfig(
+            default=made or Isolation(),
+            scratch_dir=self.directory("isolation.scratch_dir", table.scratch_dir),
+            chroots=chroots,
+        )
+
+    def _bind(self, key: str, text: str) -> tuple[str, str, bool]:
+        source, _, rest = text.partition(":")
+        target, _, mode = rest.partition(":")
+        target = target or source
+        whole = all(
+            path.startswith("/") and "\0" not in path and ".." not in path.split("/") for path in (source, target)
+        )
+        if not whole or mode not in ("", "ro"):
+            self.mistakes.append(f"{key} {_shown(text)} is not usable; write it like /source, /source:/target:ro")
+        return source, target, mode == "ro"
+
+    def _size(self, key: str, value: int | str | None) -> int | None:
+        if isinstance(value, str):
+            return self._try("", partial(parse_size, key, value))
+        if value is not None and not 0 <= value <= INT64_MAX:
+            self.mistakes.append(f"{key} {value} is out of range; it takes 0 to {INT64_MAX} bytes")
+        return value
 
     def access(self, table: AccessTable) -> AccessConfig:
         """Names that could be a user's or a group's. Whether the host has them is found out when somebody asks."""

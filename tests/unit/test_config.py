@@ -45,8 +45,12 @@ def test_the_example_is_the_default_in_every_key():
 
 
 def test_the_examples_commented_limits_are_right_too():
-    text = re.sub(r"^# (\w+ = )", r"\1", EXAMPLE.read_text(), flags=re.MULTILINE)
-    assert good(text).limits == Limits(2 << 30, 1 << 30, 512 << 20, 1.0, 1024, "0-3,8", 4096)
+    text = re.sub(r"^# (\w+ = |\[)", r"\1", EXAMPLE.read_text(), flags=re.MULTILINE)
+    loaded = good(text)
+    assert loaded.limits == Limits(2 << 30, 1 << 30, 512 << 20, 1.0, 0.1, 1024, "0-3,8", 4096)
+    assert loaded.oom.ceiling == 8 << 30 and loaded.oom.program == "/usr/local/sbin/on-oom"
+    assert loaded.isolation.default.chroot == "el9"
+    assert loaded.isolation.chroots["el9"].binds[2] == ("/etc/resolv.conf", "/etc/resolv.conf", True)
 
 
 def test_every_key_is_taken():
