@@ -13,26 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from acctd import mending
+from acctd import mending, readers
+from acctd.cgroup.change import change
 from acctd.cgroup.driver import arm_block_counters
 from acctd.cgroup.layout import Layout, discover
 from acctd.config import Config
-from acctd.errors import AcctdError, InUseError, KernelRefusedError, LedgerError, NotPermittedError
-from acctd.job import Ending, Job, boottime, cgroup_name, hold, listed
+from acctd.errors import AcctdError, InUseError, KernelRefusedError, LedgerError, NotPermittedError, UsageError
+from acctd.job import Ending, Job, boottime, hold, listed
 from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
 from acctd.ledger import FILE, Ledger, empty_successor, move_aside, take_successor
 from acctd.meter import add
-from acctd.metrics import CPU_SYSTEM, CPU_USER
-from acctd.model import JobSpec, Record
+from acctd.model import JobSpec, Limits, Record
 from acctd.network import host, pipe, pool
 from acctd.network.backend import Chains, Pools
 from acctd.network.probe import choose
 from acctd.rows import OpenJob, Phase, Place, Terms, encode_row
 from collectors.blkio import BlkioReader, OwnBlkioReader
-from collectors.cpu import CpuReader
-from collectors.memory import MemoryReader
-from collectors.pids import PidsReader
-from collectors.pressure import PressureReader
 
 _LOCK_PATIENCE = 30.0  # s
 
@@ -124,7 +120,7 @@ class Agent:
             elif spec.network == "none":
                 job.namespace = pipe.make_empty(self.netns(job))
             self._count_block_io()
-            self.open_readers(job)
+            readers.open_for(job)
             if parent is not None and not parent.row.terms.families:
                 self.expect_families(parent)
         except BaseException:
@@ -140,6 +136,26 @@ class Agent:
         """
         job.row = replace(job.row, phase="running", boot_ns=boottime() if at is None else at)
         self.ledger.begin(job.row.seq, job.row.boot_ns, job.row.terms)
+
+    def set_limits(self, job: Job, limits: Limits, *, reclaim: bool) -> None:
+        """Change what a living job may use, in the kernel and in the ledger; or nothing.
+
+        Raises as change() does, and LedgerError.
+        """
+        old = job.spec.limits
+        if limits.cpuset != old.cpuset and (limits.linear is not None or old.linear is not None):
+            raise UsageError(
+                f"cpuset {limits.cpuset!r}: linear:N cannot be changed while the job is there; finish it first"
+            )
+        change(job.cgroups, old, limits, reclaim=reclaim)
+        row = replace(job.row, spec=replace(job.spec, limits=limits))
+        try:
+            self.ledger.set_spec(row.seq, row.spec)
+        except BaseException:
+            change(job.cgroups, limits, old, reclaim=True)
+            raise
+        job.row = row
+        job.cgroups.describe(encode_row(row))
 
     def abandon(self, job: Job, patience: float = 10.0) -> None:
         """Undo a job that never ran: no record, nothing left. What cannot be removed is left to recover()."""
@@ -435,26 +451,6 @@ class Agent:
             arm_block_counters(self.layout, self.config.cgroup.base, new)
         self._armed = disks
 
-    def open_readers(self, job: Job) -> None:
-        """Open what the job is read from."""
-        directory = job.cgroups.directory
-        if memory := directory("memory"):
-            job.readers.append(MemoryReader(memory))
-        # Where v2 is mounted too, its cpu.stat has the kernel's own exact split of user and system time; v1 samples it.
-        unified = job.cgroups.unified
-        cpuacct = unified if unified and unified.has("cpu.stat") else directory("cpuacct")
-        if cpu := directory("cpu") or cpuacct:
-            last = job.meter.last((CPU_USER, CPU_SYSTEM))
-            job.readers.append(CpuReader(cpu=cpu, cpuacct=cpuacct or cpu, last=last))
-        if blkio := directory("blkio"):
-            bfq = "bfq" in procs.schedulers()
-            own = job.row.terms.families and not blkio.has("io.stat")
-            job.readers.append(OwnBlkioReader(blkio, cgroup_name(""), bfq=bfq) if own else BlkioReader(blkio, bfq=bfq))
-        if pids := directory("pids"):
-            job.readers.append(PidsReader(pids))
-        if unified:
-            job.readers.append(PressureReader(unified))
-
     def expect_families(self, job: Job) -> None:
         """Read a job from now on so that its own counts have no family's, which are added to them.
 
@@ -467,7 +463,7 @@ class Agent:
         for reader in job.readers:
             reader.close()
         job.readers.clear()
-        self.open_readers(job)
+        readers.open_for(job)
 
     def record(self, job: Job, ending: Ending) -> Record:
         """Its account as of the last reading."""

@@ -19,7 +19,7 @@ from acctd.cost import Cost
 from acctd.errors import AcctdError, InUseError, NotFoundError, UsageError
 from acctd.job import Ending, Job, boottime
 from acctd.kernel import mountinfo, procs
-from acctd.model import JobSpec, Record
+from acctd.model import JobSpec, Limits, Record
 from acctd.news import News
 from acctd.recovery import recover, unaccounted
 from acctd.relays import Relays
@@ -200,6 +200,11 @@ class Daemon:
         self._watch_member(job)
         if first:
             self.news.tell(job, "began", f"pid {pid}")
+
+    def set_limits(self, job: Job, limits: Limits, *, reclaim: bool) -> None:
+        """Change what a job may use. Raises as Agent.set_limits does; nothing has changed then."""
+        self.agent.set_limits(job, limits, reclaim=reclaim)
+        self.news.tell(job, "limits", f"changed: {limits.told()}")
 
     def track(self, job: Job, rule: Rule) -> set[int]:
         """Take the processes that a rule names, now and at every tick; those found now."""

@@ -1,18 +1,14 @@
 """acctd-hook: what a starter calls. Talks to the agent over its socket; standard library only, so that it starts fast.
 
 One call of it is one call of the agent's; an `exec` is a few. The verbs have procd's names where procd has such an
-operation. Imports nothing of the agent but hookcall.py, and for `exec` hookexec.py, enter.py and helper.py, which stand
-apart as it does. Pages: docs/hook.md, docs/exit-codes.md.
+operation. Imports nothing of the agent but hookcall.py, for `create` and `limit` hookwishes.py, and for `exec`
+hookexec.py, enter.py and helper.py, which stand apart as it does. Pages: docs/hook.md, docs/exit-codes.md.
 """
 
 import os
 import sys
 
 from acctd import hookcall
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _SOCKET = "/run/acctd/acctd.sock"
 _EX_OSERR = 71
@@ -35,6 +31,32 @@ class Given:
     def one(self, name: str) -> str | None:
         """An option's value, or None."""
         return self.options[name][0] if name in self.options else None
+
+    def number(self, name: str, low: int = 0, high: int = (1 << 63) - 1) -> int | None:
+        """An option's value as a number, or None."""
+        text = self.one(name)
+        return None if text is None else _number(name, text, low, high)
+
+    def real(self, name: str) -> float | None:
+        """An option's value as a number above 0, or None."""
+        text = self.one(name)
+        if text is None:
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if 0 < value < 1e9:
+            return value
+        raise hookcall.UsageError(f"{name} {text!r} is no number above 0")
+
+    def size(self, name: str) -> int | None:
+        """An option's value in bytes, or None; K, M, G and T stand for powers of 1024."""
+        text = self.one(name)
+        if text is None:
+            return None
+        power = "KMGT".find(text[-1:].upper()) + 1 if text else 0
+        return int(_number(name, text[:-1] if power else text) << 10 * power)
 
     def word(self, what: str) -> str:
         """The only word."""
@@ -141,70 +163,35 @@ def _print(value: object) -> int:
     return 0
 
 
-# Values
-
-
 def _number(what: str, text: str, low: int = 0, high: int = (1 << 63) - 1) -> int:
     if text.isascii() and text.isdecimal() and len(text) < 20 and low <= int(text) <= high:
         return int(text)
     raise hookcall.UsageError(f"{what} {text!r} is no number from {low} to {high}")
 
 
-def _optional(given: Given, name: str, low: int = 0, high: int = (1 << 63) - 1) -> int | None:
-    text = given.one(name)
-    return None if text is None else _number(name, text, low, high)
-
-
-def _real(what: str, text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if 0 < value < 1e9:
-        return value
-    raise hookcall.UsageError(f"{what} {text!r} is no number above 0")
-
-
-def _size(what: str, text: str) -> int:
-    """Bytes; K, M, G and T stand for powers of 1024."""
-    power = "KMGT".find(text[-1:].upper()) + 1 if text else 0
-    return int(_number(what, text[:-1] if power else text) << 10 * power)
-
-
-def _text(_what: str, text: str) -> str:
-    return text
-
-
-def _limits(given: Given) -> hookcall.Answer:
-    found: hookcall.Answer = {}
-    for name in given.options.keys() & _LIMITS.keys():
-        text = given.options[name][0]
-        found[name.replace("-", "_")] = _LIMITS[name](name, text)
-    return found
-
-
 # Verbs
 
 
 def _create(given: Given) -> int:
-    classes = {name: networks.split(",") for name, networks in given.pairs("class").items()}
-    made = given.call(
-        "Create", job=given.job, user=given.one("user"), network=given.one("network"), limits=_limits(given) or None,
-        classes=classes or None, tags=given.pairs("tag") or None, parent=given.one("parent"),
-        watcher=_optional(given, "watcher", 1), interval=_real("interval", given.one("interval")),
-    )  # fmt: skip
-    return _print(made)
+    from acctd import hookwishes  # only here: the other verbs need none of it
+
+    return _print(given.call("Create", **hookwishes.job(given)))
+
+
+def _limit(given: Given) -> int:
+    from acctd import hookwishes
+
+    changed = hookwishes.changed_limits(given)
+    return _print(given.call("SetLimits", job=given.job, limits=changed, reclaim="reclaim" in given.options)["limits"])
 
 
 def _register(given: Given) -> int:
     if "pid" not in given.options:
         raise hookcall.UsageError("register needs --pid PID, the family's root; $$ for the calling shell")
     made = given.call(
-        "Register", job=given.job, pid=_optional(given, "pid", 1), tags=given.pairs("tag") or None,
-        parent=given.one("parent"), watcher=_optional(given, "watcher", 1),
-        interval=_real("interval", given.one("interval")),
+        "Register", job=given.job, pid=given.number("pid", 1), tags=given.pairs("tag") or None,
+        parent=given.one("parent"), watcher=given.number("watcher", 1),
+        interval=given.real("interval"),
     )  # fmt: skip
     return _print(made)
 
@@ -214,13 +201,13 @@ def _track(given: Given) -> int:
     if len(ways) != 1:
         raise hookcall.UsageError("track needs one of --pid, --environment, --login and --group")
     if "pid" in ways:
-        given.call("Attach", job=given.job, pid=_optional(given, "pid", 1))
+        given.call("Attach", job=given.job, pid=given.number("pid", 1))
         return 0
     if "environment" in ways:
         given.pairs("environment")
     found = given.call(
         "Track", job=given.job, environment=given.one("environment"), login=given.one("login"),
-        group=_optional(given, "group", 1, (1 << 32) - 2),
+        group=given.number("group", 1, (1 << 32) - 2),
     )  # fmt: skip
     sys.stdout.write("".join(f"{pid}\n" for pid in found["pids"]))
     return 0
@@ -294,7 +281,7 @@ def _kill(given: Given) -> int:
 
 
 def _finish(given: Given) -> int:
-    code, number = _optional(given, "exit-code", 0, 255), _optional(given, "exit-signal", 1, 64)
+    code, number = given.number("exit-code", 0, 255), given.number("exit-signal", 1, 64)
     if code is not None and number is not None:
         raise hookcall.UsageError("a job ends by --exit-code or by --exit-signal, not by both")
     return _account(given, given.call("Finish", job=given.job, exit_code=code, exit_signal=number))
@@ -347,11 +334,12 @@ def _exec(given: Given) -> int:
 
 # What is known: options, verbs, and the help made of them
 
-_LIMITS: "dict[str, Callable[[str, str], object]]" = {
-    "memory": _size, "memory-soft": _size, "swap": _size, "cpus": _real, "cpu-shares": _number, "cpuset": _text,
-    "pids": _number,
-}  # fmt: skip
-_SEVERAL = {"tag", "class"}
+_LIMITS = (
+    "memory", "memory-soft", "swap", "memory-policy", "cpus", "cpu-burst", "cpu-shares", "cpuset", "pids",
+)  # fmt: skip
+_ISOLATION = ("pid-namespace", "scratch", "chroot", "no-new-privs")
+_OOM = ("oom", "oom-ceiling", "oom-deadline")
+_SEVERAL = {"tag", "class", "scratch", "request"}
 
 # What stands for the value ("": a flag), and what it means.
 _OPTIONS = {
@@ -369,9 +357,20 @@ _OPTIONS = {
     "memory-soft": ("BYTES", "what it is squeezed to when the host runs short of memory"),
     "swap": ("BYTES", "limit of swap, beside the memory"),
     "cpus": ("N", "cores, such as 1.5"),
+    "cpu-burst": ("S", "s of CPU that unused quota may save up, to go beyond it"),
     "cpu-shares": ("N", "weight among busy jobs; 1024 is one ordinary job"),
-    "cpuset": ("LIST", "CPUs it may run on, such as 0-3,8"),
+    "cpuset": ("LIST", "CPUs it may run on, such as 0-3,8; or linear:N, N cores for itself"),
     "pids": ("N", "limit of processes and threads"),
+    "memory-policy": ("POLICY", "what becomes of --memory: hard, soft, custom (both as given) or none"),
+    "request": ("SYSTEM:NAME=VALUE,...", "limits in the words of gridengine, slurm or htcondor"),
+    "reclaim": ("", "where more is in use, have the kernel make room first"),
+    "oom": ("ACTION", "when the memory runs out: kernel, kill, hold, grow or exec"),
+    "oom-ceiling": ("BYTES", "how far grow may raise the limit"),
+    "oom-deadline": ("S", "how long its processes wait at most for a decision"),
+    "pid-namespace": ("", "its processes see each other and no others"),
+    "scratch": ("DIR", "make this directory the job's own, gone with it; may be given several times"),
+    "chroot": ("NAME", "a root directory of the configuration"),
+    "no-new-privs": ("", "no set-user-id program gives it rights"),
     "environment": ("NAME=VALUE", "processes that carry this in their environment"),
     "login": ("USER", "processes of this user"),
     "group": ("GID", "processes with this supplementary group"),
@@ -387,7 +386,14 @@ _OPTIONS = {
 _VERBS = {
     "create": (
         _create, "", "Make a job's cgroups and pipe. Prints what a launcher needs, as JSON.",
-        ("job", "user", "network", "class", "tag", "parent", "watcher", "interval", *_LIMITS),
+        (
+            "job", "user", "network", "class", "tag", "parent", "watcher", "interval", *_LIMITS, "request", *_OOM,
+            *_ISOLATION,
+        ),
+    ),
+    "limit": (
+        _limit, "", "Change the limits of a job that is there; those not named stay. Prints them all, as JSON.",
+        ("job", *_LIMITS, "reclaim"),
     ),
     "exec": (
         _exec, "-- COMMAND...", "Enter a job: its pipe and its cgroups, as its owner; then become the command.",

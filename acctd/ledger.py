@@ -241,6 +241,11 @@ class Ledger:
         with self._writing() as db:
             db.execute("UPDATE job SET terms = ? WHERE seq = ?", (msgspec.json.encode(terms), seq))
 
+    def set_spec(self, seq: int, spec: JobSpec) -> None:
+        """What else a job may use from now on."""
+        with self._writing() as db:
+            db.execute("UPDATE job SET spec = ? WHERE seq = ?", (msgspec.json.encode(spec, enc_hook=str), seq))
+
     def claim(self, job: OpenJob, keeper: str) -> OpenJob | None:
         """Take over a job whose keeper is dead: its row as it is now, or None if somebody else was first."""
         with self._writing() as db:

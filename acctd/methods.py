@@ -8,18 +8,18 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, cast, get_args
+from typing import Any
 
 import msgspec
 
-from acctd import accounts, family, views
+from acctd import accounts, family, views, wishes
 from acctd.caller import Caller
 from acctd.config import with_default_classes
 from acctd.daemon import Daemon
 from acctd.errors import NotFoundError, NotPermittedError, UsageError
 from acctd.job import Ending, Job
 from acctd.kernel import procs
-from acctd.model import INT64_MAX, JobSpec, Limits, NetworkMode, Record, parse_class
+from acctd.model import INT64_MAX, JobSpec, Limits, Record, parse_class
 from acctd.rows import Event, Rule, Terms
 from exporters.classad import format_ad, record_ad
 
@@ -38,6 +38,9 @@ class _Create(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parent: str | None = None
     watcher: int | None = None
     interval: float | None = None
+    oom: dict[str, Any] | None = None
+    isolation: dict[str, Any] | None = None
+    requests: dict[str, dict[str, str]] | None = None
 
 
 class _Register(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,6 +61,12 @@ class _Track(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _OfJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     job: str
+
+
+class _SetLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    job: str
+    limits: dict[str, Any]
+    reclaim: bool = False
 
 
 class _Attach(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,6 +109,7 @@ class Methods:
             "Create": (_Create, self._create),
             "Register": (_Register, self._register),
             "Track": (_Track, self._track),
+            "SetLimits": (_SetLimits, self._set_limits),
             "Unregister": (_OfJob, self._unregister),
             "Entry": (_OfJob, self._entry),
             "MovePipe": (_OfJob, self._move_pipe),
@@ -131,17 +141,21 @@ class Methods:
             owner = accounts.of(caller.uid, caller.gid)
         if caller.uid not in (0, owner.uid):
             raise NotPermittedError(f"only root may create a job for {owner.name} (you are uid {caller.uid})")
-        network = _network(wanted.network or ("parent" if wanted.parent is not None else config.network.mode))
+        network = wishes.network(wanted.network or ("parent" if wanted.parent is not None else config.network.mode))
         if wanted.parent is not None and network == "host":
             raise UsageError('network "host" is not for a family inside a job; it is one of parent, nat, none')
         spec = JobSpec(
             id=wanted.job,
             owner=owner,
-            limits=_limits(config.limits if wanted.parent is None else Limits(), wanted.limits or {}),
+            limits=wishes.limits(
+                config.limits if wanted.parent is None else Limits(), wanted.limits or {}, wanted.requests
+            ),
             network=network,
             classes=tuple(parse_class(name, cidrs) for name, cidrs in (wanted.classes or {}).items()),
             tags=wanted.tags or {},
             parent=wanted.parent,
+            oom=wishes.oom(config, wanted.oom or {}, root=caller.uid == 0),
+            isolation=wishes.isolation(config, wanted.isolation or {}),
         )
         terms = _terms(caller, wanted.watcher, wanted.interval)
         job = self._daemon.create(with_default_classes(spec, config), terms)
@@ -181,6 +195,14 @@ class Methods:
             raise NotPermittedError(f"login {wanted.login!r} is not yours (uid {caller.uid}); name your own")
         rule = Rule(wanted.environment, wanted.login, wanted.group)
         return {"pids": sorted(self._daemon.track(job, rule))}
+
+    async def _set_limits(self, caller: Caller, wanted: _SetLimits) -> Answer:
+        job = self._own(caller, wanted.job)
+        if caller.uid != 0 and job.row.parent is None:
+            raise NotPermittedError(f"the limits of job {job.spec.id!r} are root's to change; yours are its families'")
+        new = wishes.limits(job.spec.limits, wanted.limits)
+        self._daemon.set_limits(job, new, reclaim=wanted.reclaim)
+        return {"limits": msgspec.to_builtins(new)}
 
     async def _unregister(self, caller: Caller, wanted: _OfJob) -> Answer:
         try:
@@ -407,24 +429,6 @@ def _terms(caller: Caller, watcher: int | None, interval: float | None) -> Terms
     if watcher <= 0 or not procs.is_alive(identity):
         raise NotFoundError(f"watcher {watcher} does not exist; name a living process")
     return Terms(watcher=identity, interval=interval)
-
-
-def _limits(defaults: Limits, wanted: dict[str, Any]) -> Limits:
-    """The configured limits with the wanted ones in their place."""
-    known = {name: getattr(defaults, name) for name in Limits.__dataclass_fields__}
-    for name in wanted:
-        if name not in known:
-            raise UsageError(f"limit {name!r} is unknown; it is one of {', '.join(known)}")
-    try:
-        return msgspec.convert(known | wanted, Limits)
-    except msgspec.ValidationError as e:
-        raise UsageError(f"limits: {e}") from None
-
-
-def _network(mode: str) -> NetworkMode:
-    if mode not in get_args(NetworkMode):
-        raise UsageError(f"network {mode!r} is none; it is one of {', '.join(get_args(NetworkMode))}")
-    return cast(NetworkMode, mode)
 
 
 def _ending(wanted: _Finish) -> Ending:

@@ -6,7 +6,7 @@ Everything that comes from outside becomes one of these types here, or a UsageEr
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from itertools import pairwise
 from typing import Literal, get_args
@@ -110,6 +110,10 @@ class Limits:
     def soft(self) -> int | None:
         """Bytes above which the job is the first to be pushed back when memory is short."""
         return self.memory if self.memory_policy == "soft" else self.memory_soft
+
+    def told(self) -> str:
+        """Those that are set, as NAME=VALUE, for a sentence."""
+        return " ".join(f"{f.name}={value}" for f in fields(self) if (value := getattr(self, f.name)) is not None)
 
     @property
     def linear(self) -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from acctd import readers
 from acctd.agent import Agent
 from acctd.cgroup.driver import JobCgroups, orphans, sweep_sentinels
 from acctd.cgroup.layout import discover
@@ -94,7 +95,7 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
         agent.clear_up()
         return None
     if row.boot_id == agent.boot_id:
-        agent.open_readers(job)
+        readers.open_for(job)
     agent.held[row.seq] = job
     if stays and adopt is not None:
         adopt(job)
@@ -178,7 +179,7 @@ def _ran(agent: Agent, job: Job) -> bool:
     """Whether anybody ever entered: not even to end costs a process no CPU time. True for one of an earlier boot."""
     if job.row.boot_id != agent.boot_id or job.cgroups.living():
         return True
-    agent.open_readers(job)
+    readers.open_for(job)
     try:
         agent.take(job)
     finally:

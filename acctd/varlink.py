@@ -36,7 +36,19 @@ DESCRIPTION = """\
 # The accounting agent of a batch worker node. Sizes in bytes, times in ns, totals as {metric: {label: number}}.
 interface org.acctd.Node
 
-type Limits (memory: ?int, memory_soft: ?int, swap: ?int, cpus: ?float, cpu_shares: ?int, cpuset: ?string, pids: ?int)
+# memory_policy: what becomes of memory: hard, soft, custom (hard, with memory_soft apart) or none. cpu_burst in s.
+# cpuset: a CPU list, or linear:N, N cores that no other job has which asks so.
+type Limits (
+  memory: ?int, memory_soft: ?int, swap: ?int, cpus: ?float, cpu_burst: ?float, cpu_shares: ?int, cpuset: ?string,
+  pids: ?int, memory_policy: ?string
+)
+
+# What is done when the memory runs out: kernel, kill, hold, grow or exec. ceiling in bytes, step and thresholds in
+# percent of the limit, deadline in s.
+type Oom (action: ?string, ceiling: ?int, step: ?int, deadline: ?float, thresholds: ?[]int)
+
+# How far the job is shut in; what the configuration asks of all jobs comes on top.
+type Isolation (pid_namespace: ?bool, scratch: ?[]string, chroot: ?string, no_new_privs: ?bool)
 
 # A job's totals include those of the families below it. Of a job that the caller may only see, totals is empty.
 type Job (
@@ -60,10 +72,12 @@ type Event (number: int, time: float, job: ?string, uid: ?int, event: string, te
 
 # Make a job's cgroups and pipe. `user` is a name or a number, the caller if absent. With a parent: a family inside that
 # job, whose network is then "parent" unless it asks for another. The job is given up when the watcher's process ends,
-# and read at least every `interval` seconds.
+# and read at least every `interval` seconds. `requests` are limits in a batch system's own words, by system
+# (gridengine, slurm, htcondor) and name; what stands in `limits` goes before them.
 method Create(
   job: string, user: ?string, limits: ?Limits, network: ?string, classes: ?[string][]string, tags: ?[string]string,
-  parent: ?string, watcher: ?int, interval: ?float
+  parent: ?string, watcher: ?int, interval: ?float, oom: ?Oom, isolation: ?Isolation,
+  requests: ?[string][string]string
 ) -> (job: string, netns: ?string, address: ?string, cgroups: []string)
 
 # Take a running process and its descendants as a new family, the caller itself if pid is absent: Create, for the
@@ -76,12 +90,17 @@ method Register(
 # supplementary group: at once, and at every reading. The pids are those found at once.
 method Track(job: string, environment: ?string, login: ?string, group: ?int) -> (pids: []int)
 
+# Change the limits of a job; those not named stay, null takes one away. A memory limit below what is in use is refused,
+# unless `reclaim` asks the kernel to make room first. Root's, and the owner's for a family.
+method SetLimits(job: string, limits: Limits, reclaim: ?bool) -> (limits: Limits)
+
 # End a family without ending its processes: they go on in the parent. Without a parent only once none is left.
 method Unregister(job: string) -> (record: object, classad: string)
 
-# What a launcher needs to enter a job: the name of its network namespace (null: where it is), and whom to become.
+# What a launcher needs to enter a job: the name of its network namespace (null: where it is), whom to become, and how
+# to shut itself in (isolate.py; null: not at all).
 method Entry(job: string) -> (
-  netns: ?string, uid: int, gid: int, groups: []int, environment: [string]string
+  netns: ?string, uid: int, gid: int, groups: []int, environment: [string]string, isolation: ?object
 )
 
 # Move the job's pipe into the caller's network namespace, which must be a new one of its own user namespace. For

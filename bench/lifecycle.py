@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
+from acctd import readers
 from acctd.agent import Agent
 from acctd.cgroup import limits as limit_files
 from acctd.cgroup.driver import JobCgroups
@@ -144,7 +145,8 @@ def stopwatches(world: World) -> Iterator[dict[str, list[float]]]:
         ("cgroups", JobCgroups, ("create", "kill", "remove")),
         ("chain", chains, ("add", "read", "remove")),
         ("pipe", pipe, ("make", "remove")),
-        ("agent", Agent, ("_count_block_io", "open_readers", "take")),
+        ("agent", Agent, ("_count_block_io", "take")),
+        ("readers", readers, ("open_for",)),
         ("conntrack", conntrack, ("forget",)),
     ]
     times: dict[str, list[float]] = {}

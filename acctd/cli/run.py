@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import click
 import msgspec
 
-from acctd import accounts, launch
+from acctd import accounts, launch, wishes
 from acctd import config as configuration
 from acctd.agent import Agent
 from acctd.cli.output import Output, say
@@ -22,6 +22,7 @@ from acctd.errors import UsageError
 from acctd.job import Ending
 from acctd.model import DestinationClass, JobSpec, Limits, NetworkMode, Owner, Record, parse_class, parse_size
 from acctd.network import resolver
+from acctd.policies import OOM_ACTIONS, OomAction
 from acctd.recovery import recover
 from exporters.classad import format_ad, record_ad
 
@@ -31,13 +32,26 @@ from exporters.classad import format_ad, record_ad
 @click.option("--user", metavar="USER", help="Run as this user (name or number); as the caller if not given.")
 @click.option("--memory", metavar="SIZE", help="Hard memory limit, like 2G.")
 @click.option("--memory-soft", metavar="SIZE", help="Soft memory limit: what the job keeps when the host runs short.")
+@click.option(
+    "--memory-policy",
+    type=click.Choice(["hard", "soft", "custom", "none"]),
+    help="What becomes of --memory: the hard limit, the soft one, both as given, or only a line in the record.",
+)
 @click.option("--swap", metavar="SIZE", help="Swap the job may use beside its memory.")
 @click.option("--cpus", metavar="N", type=float, help="CPU quota in cores, like 1.5.")
 @click.option(
     "--cpu-shares", metavar="N", type=int, help="Share of the CPUs under contention; 1024 is one ordinary job."
 )
-@click.option("--cpuset", metavar="LIST", help="CPUs the job may run on, like 0-3,8.")
+@click.option("--cpu-burst", metavar="S", type=float, help="s of CPU that unused quota may save up, to go beyond it.")
+@click.option("--cpuset", metavar="LIST", help="CPUs the job may run on, like 0-3,8; or linear:N, N cores for itself.")
 @click.option("--pids", metavar="N", type=int, help="Processes and threads at most.")
+@click.option("--oom", type=click.Choice(OOM_ACTIONS), help="What to do when the memory runs out.")
+@click.option("--oom-ceiling", metavar="SIZE", help="How far --oom grow may raise the limit.")
+@click.option("--oom-deadline", metavar="S", type=float, help="How long processes wait at most for a decision.")
+@click.option("--pid-namespace", is_flag=True, help="The job's processes see each other and no others.")
+@click.option("--scratch", metavar="DIR", multiple=True, help="Make DIR the job's own, gone with it; may be repeated.")
+@click.option("--chroot", metavar="NAME", help="A root directory of the configuration.")
+@click.option("--no-new-privs", is_flag=True, help="No set-user-id program gives the job rights.")
 @click.option("--network", type=click.Choice(["nat", "host", "none"]), help="A pipe of its own, the host's, or none.")
 @click.option("--internal", metavar="CIDR,...", multiple=True, help="Networks billed as Internal; may be repeated.")
 @click.option(
@@ -61,6 +75,13 @@ def command(
     config_path: str | None,
     quiet: bool,
     arguments: tuple[str, ...],
+    oom: OomAction | None,
+    oom_ceiling: str | None,
+    oom_deadline: float | None,
+    pid_namespace: bool,
+    scratch: tuple[str, ...],
+    chroot: str | None,
+    no_new_privs: bool,
     **limits: str | float | None,
 ) -> int:
     """Run COMMAND as a job and account for all it does."""
@@ -74,6 +95,16 @@ def command(
         network=network or config.network.mode,
         classes=_classes(internal, classes),
         tags=_tags(tags),
+        oom=wishes.oom(config, _oom(oom, oom_ceiling, oom_deadline), root=True),
+        isolation=wishes.isolation(
+            config,
+            {
+                "pid_namespace": pid_namespace,
+                "scratch": list(scratch),
+                "chroot": chroot,
+                "no_new_privs": no_new_privs,
+            },
+        ),
     )
     spec = with_default_classes(spec, config)
     outputs = {form: Output(option, path) for option, form, path in _files(classad, json_path)}
@@ -145,6 +176,12 @@ def _limits(defaults: Limits, options: Mapping[str, str | float | None]) -> Limi
         if value is not None:
             values[name] = parse_size(name, str(value)) if name in ("memory", "memory_soft", "swap") else value
     return Limits(**values)  # type: ignore[arg-type]  # names and types are those of the options above
+
+
+def _oom(action: OomAction | None, ceiling: str | None, deadline: float | None) -> dict[str, object]:
+    bytes_ = parse_size("oom-ceiling", ceiling) if ceiling is not None else None
+    given = {"action": action, "ceiling": bytes_, "deadline": deadline}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _classes(internal: tuple[str, ...], classes: tuple[str, ...]) -> tuple[DestinationClass, ...]:

@@ -52,7 +52,7 @@ CREATE = [
     At("acctd.kernel.rtnetlink:RouteSocket.apply", (), (1, 2, 3, 4)),  # a link, addresses, routes
     At(f"{PIPE}:make"),
     At("acctd.agent:arm_block_counters"),
-    At(f"{AGENT}.open_readers"),
+    At("acctd.readers:open_for"),
     At(f"{AGENT}.create", ()),
     At(f"{LEDGER}.made"),
     At("acctd.sentry:Sentry.guard"),
@@ -134,7 +134,7 @@ CORRUPT = [At(f"{AGENT}.begin_ledger_anew"), At(f"{LEDGER}.reinstate"), *REPLACI
 CLAIM = [At("acctd.recovery:sweep_sentinels"), At("acctd.recovery:_reinstate"), At(f"{LEDGER}.claim")]
 ADOPT = [
     *CLAIM,
-    At(f"{AGENT}.open_readers", ()),
+    At("acctd.readers:open_for", ()),
     At(f"{DAEMON}._adopt", ()),
     At(f"{LEDGER}.add_event", ()),
     At(f"{DAEMON}._keep_watch", ()),
@@ -184,7 +184,7 @@ HARMED = {
 UNMENDED = {"flush, flowing": [*MENDING, At(f"{CHAINS}.add", (1,), ())], "cut off, flowing": MENDING}
 TAKEN_OVER = {
     "half": [*CLAIM, At(f"{AGENT}.abandon"), *TAKING_PIPE, *UNDOING, *REMOVED],
-    "made": [At(f"{LEDGER}.claim"), At(f"{AGENT}.open_readers"), At(f"{DAEMON}._adopt")],
+    "made": [At(f"{LEDGER}.claim"), At("acctd.readers:open_for"), At(f"{DAEMON}._adopt")],
     "meant": [At("acctd.recovery:_ran"), At(f"{LEDGER}.made"), At(f"{DAEMON}._adopt")],
     "running": ADOPT,
     "flushed": FLUSHED,

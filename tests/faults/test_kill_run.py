@@ -34,7 +34,7 @@ MAKING = [
     ("acctd.kernel.rtnetlink:RouteSocket.apply", "after", 2),  # a link without addresses
     ("acctd.network.pipe:make", "after", 1),
     ("acctd.cgroup.driver:JobCgroups.remove", "before", 1),  # the sentinel stays
-    ("acctd.agent:Agent.open_readers", "before", 1),
+    ("acctd.readers:open_for", "before", 1),
     ("acctd.agent:Agent.create", "after", 1),
     ("acctd.ledger:Ledger.begin", "before", 1),
 ]
