@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from acctd import mending, readers
+from acctd.cgroup import cpus
 from acctd.cgroup.change import change
 from acctd.cgroup.driver import arm_block_counters
 from acctd.cgroup.layout import Layout, discover
@@ -91,6 +92,8 @@ class Agent:
         place = Place(base, controllers=controllers)
         if chains is not None:
             place = replace(place, backend=chains.name, pool4=str(self.pools.v4), pool6=str(self.pools.v6 or ""))
+        layout = parent.cgroups.layout if parent else self.layout
+        cores = cpus.chooser(spec.limits.linear, layout, base) if spec.limits.linear else None
         row = self.ledger.open_job(
             spec,
             place,
@@ -100,8 +103,9 @@ class Agent:
             keeper=self.keeper,
             parent=parent.row.seq if parent else None,
             terms=terms,
+            cores=cores,
         )
-        job = hold(row, parent.cgroups.layout if parent else self.layout)
+        job = hold(row, layout)
         try:
             self._refuse_what_is_taken(job)
             job.cgroups.create(spec.limits)

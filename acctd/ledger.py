@@ -9,7 +9,7 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -158,14 +158,19 @@ class Ledger:
         keeper: str,
         parent: int | None = None,
         terms: Terms | None = None,
+        cores: Callable[[list[str]], tuple[str, str]] | None = None,
     ) -> OpenJob:
-        """Write the intent to make a job and lease it a slot, in one transaction.
+        """Write the intent to make a job, and lease it a slot and cores of its own, in one transaction.
 
-        Slots are handed out in turn, not the lowest free one: a stray packet for a finished job finds nobody. Raises
-        InUseError for an id that is open, ExhaustedError where no slot is free.
+        Slots are handed out in turn, not the lowest free one: a stray packet for a finished job finds nobody. `cores`
+        chooses CPUs and memory nodes beside those that other jobs have. Raises InUseError for an id that is open,
+        ExhaustedError where no slot is free, and what `cores` does.
         """
         with self._writing():
             slot = self._free_slot(slots) if slots is not None else None
+            if cores is not None:
+                cpus, mems = cores(self._cores_beside(parent))
+                place = replace(place, cpus=cpus, mems=mems)
             row = OpenJob(
                 *(0, "making", slot, place, spec, time.time(), boot_id, boot_ns, boot_ns, keeper),
                 parent=parent,
@@ -322,6 +327,16 @@ class Ledger:
         """Where the other open jobs have their leases."""
         rows = self._rows("SELECT DISTINCT place FROM job WHERE slot IS NOT NULL AND seq != ?", job.seq)
         return [msgspec.json.decode(place, type=Place) for (place,) in rows]
+
+    def _cores_beside(self, parent: int | None) -> list[str]:
+        """The CPUs that each open job has for itself, less those of the job a new one is inside of, and those above."""
+        rows = self._rows(
+            "WITH RECURSIVE above (seq, parent) AS (SELECT seq, parent FROM job WHERE seq = ? "
+            "UNION SELECT job.seq, job.parent FROM job JOIN above ON job.seq = above.parent) "
+            "SELECT place FROM job WHERE seq NOT IN (SELECT seq FROM above)",
+            parent,
+        )
+        return [cpus for (place,) in rows if (cpus := msgspec.json.decode(place, type=Place).cpus)]
 
     def records(self, limit: int | None = None) -> list[Record]:
         """The newest records, oldest first; all without a limit."""
