@@ -6,7 +6,6 @@ admin-guide/cgroup-v1/freezer-subsystem.rst, admin-guide/cgroup-v1/cpusets.rst, 
 
 import errno
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,7 +36,7 @@ _OWN = "own"
 """On v2 a cgroup with controllers for its children may hold no processes: a job's live in this child of its directory,
 so that families find room beside it. man 7 cgroups, "no internal processes" rule."""
 
-_ROUNDS = 50  # of following processes that fork while they are moved
+_ROUNDS = 50  # of following processes that fork while they are moved or killed
 
 _SENTINEL = "sentinel"
 _SENTINEL_BPS = 18446744073709551614
@@ -79,8 +78,11 @@ class JobCgroups:
         """Where its processes are put."""
         return [_door(hierarchy, directory) for hierarchy, directory in self.all()]
 
-    def create(self, limits: Limits) -> None:
-        """Make, mark and limit all directories; on failure nothing of this job is left. InUseError if one exists."""
+    def create(self, limits: Limits, cpus: str = "", mems: str = "") -> None:
+        """Make, mark and limit all directories; on failure nothing of this job is left. InUseError if one exists.
+
+        `cpus` and `mems` are lists of what was chosen for linear:N.
+        """
         for _, directory in self.all():
             if directory.exists():
                 raise _taken(directory)
@@ -89,7 +91,7 @@ class JobCgroups:
             for hierarchy in self.layout.hierarchies:
                 begun.append(hierarchy)
                 self._make(hierarchy)
-            self._limit(limits)
+            self._limit(limits, cpus, mems)
             self._count_block_io()
         except InUseError:
             # Somebody was quicker in the last one: that is theirs, and only what we made before it goes.
@@ -113,31 +115,29 @@ class JobCgroups:
         return {pid for cgroup in hierarchy.job(self.base, self.name).subtree() for pid in cgroup.procs()}
 
     def kill(self, timeout: float = 10.0) -> set[int]:
-        """End every process of the job; returns the pids still there after `timeout` seconds (state D, as a rule).
-
-        v2: cgroup.kill, which no fork can outrun. v1: freeze, SIGKILL all, thaw; repeated, because a task waiting in
-        OOM keeps the freezer from completing and a fork may have slipped through.
-        """
+        """End every process of the job; returns the pids still there after `timeout` seconds (see procs.stuck)."""
         deadline = time.monotonic() + timeout
-        pause = 0.0005
-        again = False
-        while pids := self.living():
-            freezer = self.layout.of("freezer")
-            if freezer is not None and freezer.version == 1 and (frozen := freezer.job(self.base, self.name)).exists():
-                self._freeze_kill_thaw(frozen)
-            elif (unified := self.unified) is not None and unified.has("cgroup.kill"):
-                _write_if_there(unified, "cgroup.kill", "1")
-                if again:
-                    # It passes over a process whose leader has exited before its other threads; kill(2) does not.
-                    _kill_all(pids)
-            else:
-                _kill_all(pids)
-            again = True
+        for left, pause in self.killing():
             if time.monotonic() > deadline:
-                return self.living()
+                return left
             time.sleep(pause)
-            pause = min(pause * 2, 0.05)
         return set()
+
+    def killing(self) -> Iterator[tuple[set[int], float]]:
+        """End every process, a round at a time: who is still there and the s to wait before the next; until none is.
+
+        The caller waits, and may give up. cgroup.kill, where there is a v2 directory, also beside v1's: no fork can
+        outrun it. v1 alone: freeze, SIGKILL all, thaw; a task that waits in OOM keeps the freezer from completing, and
+        is killed all the same. Neither: nobody may fork meanwhile, as far as pids are counted.
+        """
+        pause, again = 0.0005, False
+        while self.procs():
+            self._end(again)
+            if not (left := self.living()):
+                return
+            # Some 50 us an exit: to look at a thousand that are dying takes the time that they need.
+            yield left, max(pause, len(left) * 2e-5)
+            pause, again = min(pause * 2, 0.1), True
 
     def attach(self, pid: int) -> None:
         """Move a process into the job. Raises NotFoundError if it is gone, KernelRefusedError if the kernel says no."""
@@ -210,7 +210,12 @@ class JobCgroups:
 
     def living(self) -> set[int]:
         """The job's pids less zombies: a zombie has freed its memory and waits only for its parent."""
-        return {pid for pid in self.procs() if not procs.is_dead(pid)}
+        pids = self.procs()
+        alive = {pid for pid in pids if not procs.is_dead(pid)}
+        if pids and not alive:
+            # One that forks and exits, without end, is gone whenever it is looked at, and its child is there.
+            return self.procs() - pids
+        return alive
 
     def _make(self, hierarchy: Hierarchy) -> None:
         parts = checked_parts(self.base)
@@ -243,12 +248,18 @@ class JobCgroups:
             f"cgroup {hierarchy.job(self.base, self.name).path} vanishes while being made; try again"
         )
 
-    def _limit(self, limits: Limits) -> None:
-        # Controller by controller: a host may have some on v1 and the others on v2.
-        v1 = {c for h in self.layout.hierarchies if h.version == 1 for c in h.controllers}
-        settings = [s for s in limit_files.v1_settings(limits) if s.controller in v1]
-        settings += [s for s in limit_files.v2_settings(limits) if s.controller not in v1]
-        limit_files.apply(settings, self.directory)
+    def _limit(self, limits: Limits, cpus: str, mems: str) -> None:
+        limit_files.apply(limit_files.settings(self.layout, limits, cpus, mems), self.place)
+        if limits.soft is not None and (memory := self.directory("memory")) is not None:
+            limit_files.carry_protection(memory)
+
+    def place(self, setting: limit_files.Setting) -> CgroupDir | None:
+        """Where a limit of this job is written, or None where the host lacks the controller."""
+        hierarchy = self.layout.of(setting.controller)
+        if hierarchy is None:
+            return None
+        directory = hierarchy.job(self.base, self.name)
+        return _door(hierarchy, directory) if setting.inner else directory
 
     def _count_block_io(self) -> None:
         """v1 up to 6.4: a cgroup's throttle counters count a disk's reads, and writes, only under a rule of its own.
@@ -262,15 +273,68 @@ class JobCgroups:
             for file in _V1_RULES:
                 _rule(directory, file, device, _UNREACHED_BPS)
 
-    def _freeze_kill_thaw(self, directory: CgroupDir) -> None:
+    def _end(self, again: bool) -> None:
+        """One round of killing()."""
+        freezer = self.layout.of("freezer")
+        frozen = freezer.job(self.base, self.name) if freezer is not None and freezer.version == 1 else None
+        if (unified := self.unified) is not None and unified.has("cgroup.kill"):
+            _write_if_there(unified, "cgroup.kill", "1")
+            if not again:
+                # v1's freezer holds back those whom it has killed; v2's does not.
+                if frozen is not None:
+                    _thaw(frozen)
+                return
+            # It passes over a process whose leader has exited before its other threads, and who has left v2's tree.
+        if freezer is not None and frozen is not None and frozen.exists():
+            self._freeze_kill_thaw(freezer.top, frozen)
+        else:
+            with self._sterile():
+                self._kill_all()
+
+    def _freeze_kill_thaw(self, top: CgroupDir, directory: CgroupDir) -> None:
         _write_if_there(directory, "freezer.state", "FROZEN")
         try:
-            # Of all hierarchies: a process may have left this one.
-            _kill_all(self.procs())
+            killed = self._kill_all()
         finally:
-            # Each of them: one that the job has frozen by itself stays so when only its parent thaws.
-            for cgroup in reversed(list(directory.subtree())):
-                _write_if_there(cgroup, "freezer.state", "THAWED")
+            _thaw(directory)
+        if (directory.read("freezer.parent_freezing") or b"0").strip() != b"0":
+            # A family inside a suspended job: a frozen process dies only when it is thawed. All it does is to end.
+            for pid in killed.intersection(pid for cgroup in directory.subtree() for pid in cgroup.procs()):
+                try:
+                    top.write("cgroup.procs", str(pid))
+                except KernelRefusedError as e:
+                    if not isinstance(e.__cause__, OSError) or e.__cause__.errno != errno.ESRCH:
+                        raise
+
+    @contextmanager
+    def _sterile(self) -> Iterator[None]:
+        """Nobody in the job can fork meanwhile, where its pids are counted."""
+        directory = self.directory("pids")
+        before = directory.read("pids.max") if directory is not None else None
+        if directory is None or before is None:
+            yield
+            return
+        _write_if_there(directory, "pids.max", "0")
+        try:
+            yield
+        finally:
+            _write_if_there(directory, "pids.max", before.decode().strip())
+
+    def _kill_all(self) -> set[int]:
+        """SIGKILL to every process, and to those forked while the others got it; who did get it.
+
+        Of all hierarchies: a process may have left some. By pidfd: one that forks and exits without end goes through
+        all pids of a host in seconds, and a pid that was just read may be another's.
+        """
+        killed: set[int] = set()
+        seen: set[int] = set()
+        for _ in range(_ROUNDS):
+            new = self.procs() - seen
+            if not new:
+                break
+            killed.update(pid for pid in new if procs.end(pid, self._holds))
+            seen |= new
+        return killed
 
 
 def orphans(layout: Layout, base: str, prefix: str) -> dict[tuple[str, str], bytes | None]:
@@ -416,9 +480,7 @@ def _tidy(hierarchy: Hierarchy, base: str) -> None:
         directory = directory.parent
 
 
-def _kill_all(pids: set[int] | list[int]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue  # it ended by itself
+def _thaw(directory: CgroupDir) -> None:
+    """v1: let go a cgroup and each below it: one that the job has frozen by itself stays so when its parent thaws."""
+    for cgroup in reversed(list(directory.subtree())):
+        _write_if_there(cgroup, "freezer.state", "THAWED")

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,6 +118,30 @@ def send(pid: int, number: int, still: Callable[[int], bool]) -> bool:
         if is_dead(pid) or not still(pid):
             return False
         signal.pidfd_send_signal(fd, number)
+    except ProcessLookupError:
+        return False  # it ended by itself
+    finally:
+        os.close(fd)
+    return True
+
+
+def end(pid: int, still: Callable[[int], bool]) -> bool:
+    """SIGKILL to a process, if it is `still` who it was; whether it got it. Zombies may count as having got it."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        # A thread of a threaded cgroup, too few descriptors, or a kernel before 5.3: as safe as can be without.
+        if still(pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                return True
+        return False
+    try:
+        if not still(pid):
+            return False
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
     except ProcessLookupError:
         return False  # it ended by itself
     finally:
