@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from acctd.cgroup import limits as limit_files
 from acctd.cgroup.layout import V2_NAME, Hierarchy, Layout
@@ -55,6 +56,11 @@ class JobCgroups:
         """Where a controller counts this job, or None where the host lacks it."""
         hierarchy = self.layout.of(controller)
         return hierarchy.job(self.base, self.name) if hierarchy else None
+
+    def inside(self, controller: str) -> CgroupDir | None:
+        """Where its own processes are in a controller's hierarchy, those of families not; None where it is lacking."""
+        hierarchy = self.layout.of(controller)
+        return _door(hierarchy, hierarchy.job(self.base, self.name)) if hierarchy else None
 
     @property
     def unified(self) -> CgroupDir | None:
@@ -117,8 +123,8 @@ class JobCgroups:
     def kill(self, timeout: float = 10.0) -> set[int]:
         """End every process of the job; returns the pids still there after `timeout` seconds (see procs.stuck)."""
         deadline = time.monotonic() + timeout
-        for left, pause in self.killing():
-            if time.monotonic() > deadline:
+        for number, (left, pause) in enumerate(self.killing()):
+            if number and time.monotonic() > deadline:
                 return left
             time.sleep(pause)
         return set()
@@ -183,6 +189,14 @@ class JobCgroups:
     def thaw(self) -> None:
         """Let a frozen job go on."""
         self._set_frozen(False)
+
+    def thawing(self) -> tuple[Path, str] | None:
+        """The file, and what to write to it, for somebody else who has to thaw the job; None without a freezer."""
+        freezer = self.layout.of("freezer")
+        if freezer is None:
+            return None
+        place = freezer.job(self.base, self.name).path
+        return (place / "freezer.state", "THAWED") if freezer.version == 1 else (place / "cgroup.freeze", "0")
 
     def _set_frozen(self, frozen: bool) -> None:
         freezer = self.layout.of("freezer")

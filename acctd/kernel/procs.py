@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -123,6 +124,89 @@ def send(pid: int, number: int, still: Callable[[int], bool]) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+class Stuck(NamedTuple):
+    """A process that is still there, and what it waits for. As text, a part of a sentence."""
+
+    pid: int
+    name: str
+    state: str  # man 5 proc_pid_stat
+    function: str  # of the kernel, that it waits in; "" where that is not told
+    callers: tuple[str, ...]  # of that function, the innermost first
+    tracer: str  # who traces it, "" if nobody
+
+    def __str__(self) -> str:
+        text = f"process {self.pid} ({self.name}) is in state {self.state}"
+        if self.function:
+            text += f", waiting in {self.function}"
+        if self.callers:
+            text += f", called by {', '.join(self.callers)}"
+        if self.state == "t" and self.tracer:
+            text += f", held by its tracer, process {self.tracer}, which has to end or let it go"
+        return text
+
+
+# /proc/<pid>/task/<tid>/wchan, without an end of line, "0" for one that runs; stack, for root alone:
+#   percpu_rwsem_wait
+#   [<0>] percpu_rwsem_wait+0x116/0x140
+#   [<0>] __percpu_down_read+0x5e/0x90
+#   [<0>] ext4_buffered_write_iter+0x9a/0x130
+def stuck(pid: int, root: Path = Path("/")) -> Stuck | None:
+    """Why a process does not end: its thread in state D, else one that a tracer holds, else any that lives.
+
+    None if it is gone, or a zombie. What the kernel does not tell is left out. Documentation/filesystems/proc.rst.
+    """
+    threads: dict[str, tuple[Path, bytes]] = {}
+    try:
+        for task in sorted((root / f"proc/{pid}/task").iterdir(), key=lambda each: int(each.name)):
+            name, _, rest = (task / "stat").read_bytes().partition(b"(")[2].rpartition(b")")
+            if (state := rest.split()[0].decode()) not in "ZX":
+                threads.setdefault(state, (task, name))
+        if not threads:
+            return None
+        state = next((each for each in "Dt" if each in threads), next(iter(threads)))
+        task, name = threads[state]
+        status = (task / "status").read_bytes().split(b"\n")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    tracer = next((int(line.split()[1]) for line in status if line.startswith(b"TracerPid:")), 0)
+    frames = _read_patiently(task / "stack").decode().split("\n")
+    functions = [frame.split()[1].partition("+")[0] for frame in frames if frame.startswith("[<") and " " in frame]
+    function = _read_patiently(task / "wchan").decode().strip().removeprefix("0") or next(iter(functions), "")
+    # The scheduler's own, above the one that waits, are left out.
+    callers = functions[functions.index(function) + 1 :] if function in functions else functions
+    return Stuck(pid, _shown(name), state, function, tuple(callers[:3]), _named(tracer, root) if tracer else "")
+
+
+def _read_patiently(path: Path) -> bytes:
+    """A file that is there for some kernels only, and whose reading may have to wait for the very process it is about:
+    its stack cannot be read in the middle of an execve(2). Nothing after 50 ms; the thread is left to itself then.
+    """
+    found = [b""]
+
+    def read() -> None:
+        with suppress(OSError):  # not told, or not to us
+            found[0] = path.read_bytes()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(0.05)
+    return found[0]
+
+
+def _named(pid: int, root: Path) -> str:
+    """A process as "4242 (gdb)"."""
+    try:
+        name = (root / f"proc/{pid}/comm").read_bytes().removesuffix(b"\n")
+    except (FileNotFoundError, ProcessLookupError):
+        return str(pid)
+    return f"{pid} ({_shown(name)})"
+
+
+def _shown(name: bytes) -> str:
+    """A command's name, which a process can set to any bytes, for a line of text."""
+    return "".join(c if c.isprintable() else "?" for c in name.decode(errors="replace"))
 
 
 def end(pid: int, still: Callable[[int], bool]) -> bool:
@@ -266,4 +350,16 @@ def disks(root: Path = Path("/")) -> dict[str, str]:
                 found[device] = serial.read_text().strip() if serial.exists() else ""
         except FileNotFoundError:
             continue  # unplugged since it was listed
+    return found
+
+
+def meminfo() -> dict[str, int]:
+    """The node's memory, bytes by name: MemAvailable, SwapFree, ... filesystems/proc.rst, "meminfo"."""
+    found = {}
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            name, _, rest = line.partition(":")
+            amount = rest.split()
+            if len(amount) == 2 and amount[1] == "kB":
+                found[name] = int(amount[0]) * 1024
     return found
