@@ -7,7 +7,7 @@ is shown to a user, and how a command is started, is not this room's business.
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from acctd.cgroup.driver import arm_block_counters
 from acctd.cgroup.layout import Layout, discover
 from acctd.config import Config
 from acctd.errors import AcctdError, InUseError, KernelRefusedError, LedgerError, NotPermittedError, UsageError
-from acctd.job import Ending, Job, boottime, hold, listed
+from acctd.job import Ending, Job, boottime, hold, lingering
 from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
 from acctd.ledger import FILE, Ledger, empty_successor, move_aside, take_successor
 from acctd.meter import add
@@ -30,6 +30,7 @@ from acctd.network.backend import Chains, Pools
 from acctd.network.probe import choose
 from acctd.rows import OpenJob, Phase, Place, Terms, encode_row
 from collectors.blkio import BlkioReader, OwnBlkioReader
+from collectors.nfs import NfsHost, NfsReader
 
 _LOCK_PATIENCE = 30.0  # s
 
@@ -58,7 +59,13 @@ class Agent:
         """Whether something that a dead acctd left could not be dealt with yet; recover() tries again."""
         self.leftovers: list[Job] = []
         """Signed-off jobs that could not be removed from the kernel yet; clear_up() tries again."""
+        self.cleared: list[Job] = []
+        """Those that could be removed since; whoever tells of it takes them out."""
         self._armed: dict[str, str] = {}  # disk -> serial number
+        self.nfs = NfsHost()
+        """What the jobs' NFS readers share."""
+        self.after_reading: Callable[[Job], None] = lambda _: None
+        """Called with each job that has been read: shortages.py looks at what only a reading tells."""
 
     def __enter__(self) -> Self:
         return self
@@ -66,6 +73,7 @@ class Agent:
     def __exit__(self, *_: object) -> None:
         for chains in {id(chains): chains for chains in self._chains.values()}.values():
             chains.close()
+        self.nfs.close()
         self.ledger.close()
 
     def reconfigure(self, config: Config) -> None:
@@ -108,7 +116,7 @@ class Agent:
         job = hold(row, layout)
         try:
             self._refuse_what_is_taken(job)
-            job.cgroups.create(spec.limits)
+            job.cgroups.create(spec.limits, row.place.cpus, row.place.mems)
             # All that the ledger knows, for the day when there is no ledger.
             job.cgroups.describe(encode_row(row))
         except InUseError:
@@ -124,7 +132,7 @@ class Agent:
             elif spec.network == "none":
                 job.namespace = pipe.make_empty(self.netns(job))
             self._count_block_io()
-            readers.open_for(job)
+            readers.open_for(job, self.nfs)
             if parent is not None and not parent.row.terms.families:
                 self.expect_families(parent)
         except BaseException:
@@ -140,6 +148,8 @@ class Agent:
         """
         job.row = replace(job.row, phase="running", boot_ns=boottime() if at is None else at)
         self.ledger.begin(job.row.seq, job.row.boot_ns, job.row.terms)
+        if at is not None:
+            self.take(job, NfsReader)  # where the mounts stand that were there before it
 
     def set_limits(self, job: Job, limits: Limits, *, reclaim: bool) -> None:
         """Change what a living job may use, in the kernel and in the ledger; or nothing.
@@ -166,7 +176,7 @@ class Agent:
         self.held.pop(job.row.seq, None)
         try:
             if survivors := job.cgroups.kill(patience):
-                raise KernelRefusedError(f"processes {listed(survivors)} of job {job.spec.id} do not die on SIGKILL")
+                raise KernelRefusedError(f"SIGKILL does not end job {job.spec.id}: {lingering(survivors)}")
             self.take_pipe(job)
             self.dismantle(job)
         except BaseException:
@@ -201,9 +211,11 @@ class Agent:
                 job.note(f"its chain cannot be reached ({e}); network bytes since its last reading are missing")
         return job.chains
 
-    def take(self, job: Job) -> None:
-        """Meter one job's counter files. What cannot be read is noted."""
+    def take(self, job: Job, kind: type[object] = object) -> None:
+        """Meter one job's counter files, or what one kind of reader reads. What cannot be read is noted."""
         for reader in job.readers:
+            if not isinstance(reader, kind):
+                continue
             try:
                 changes = reader.changes()
             except (AcctdError, OSError) as e:
@@ -214,6 +226,8 @@ class Agent:
                 job.meter.feed(readings)
                 if isinstance(reader, BlkioReader | OwnBlkioReader):
                     job.find_stacked(readings)
+
+        self.after_reading(job)
 
     def read_one(self, job: Job) -> None:
         """Meter one job by itself, chain included."""
@@ -321,8 +335,9 @@ class Agent:
 
     def last_reading(self, job: Job, ending: Ending, patience: float = 10.0) -> Record:
         """End the job and read it for the last time; the record is not yet committed."""
+        self.take(job, NfsReader)  # holds the mount namespaces that its processes are in, to be read when they are gone
         if survivors := job.cgroups.kill(patience):
-            job.note(f"processes {listed(survivors)} did not die on SIGKILL and are not fully accounted for")
+            job.note(f"SIGKILL did not end all of it, and what goes on is not counted: {lingering(survivors)}")
         passed = rtnetlink.link_bytes(job.lease.ifname) if job.lease else None
         self.take_pipe(job)
         self.read_one(job)
@@ -358,6 +373,7 @@ class Agent:
             except (AcctdError, OSError):
                 continue  # said when it failed first
             self.leftovers.remove(job)
+            self.cleared.append(job)
 
     # Parts
 
@@ -437,10 +453,9 @@ class Agent:
                 self._backend(job.row.place.backend, job.pools).remove(job.plan)
                 if not self.ledger.leases_beside(job.row):
                     host.let_go(job.pools)
-        if not job.cgroups.remove(patience):
-            raise KernelRefusedError(
-                f"its cgroups are still busy with {listed(job.cgroups.living()) or 'exiting tasks'}"
-            )
+        # Nobody is kept waiting for what SIGKILL has not ended.
+        if not job.cgroups.remove(patience if not job.cgroups.living() else 0.0):
+            raise KernelRefusedError(f"its cgroups are still busy: {lingering(job.cgroups.living())}")
         self.ledger.forget(job.row.seq)
         self.held.pop(job.row.seq, None)
 
@@ -467,7 +482,8 @@ class Agent:
         for reader in job.readers:
             reader.close()
         job.readers.clear()
-        readers.open_for(job)
+        readers.open_for(job, self.nfs)
+        self.take(job, NfsReader)
 
     def record(self, job: Job, ending: Ending) -> Record:
         """Its account as of the last reading."""

@@ -6,6 +6,7 @@ is decided in methods.py.
 """
 
 import asyncio
+import time
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,15 +18,17 @@ from acctd.books import Books
 from acctd.config import Config
 from acctd.cost import Cost
 from acctd.errors import AcctdError, InUseError, NotFoundError, UsageError
-from acctd.job import Ending, Job, boottime
+from acctd.job import Ending, Job, boottime, lingering
 from acctd.kernel import mountinfo, procs
 from acctd.model import JobSpec, Limits, Record
 from acctd.news import News
 from acctd.recovery import recover, unaccounted
 from acctd.relays import Relays
 from acctd.rows import Rule, Terms
+from acctd.shortages import Shortages
 from acctd.vigil import Vigil
 from acctd.warden import Warden
+from collectors.nfs import NfsReader
 
 _ROUNDS = 50  # of following processes that fork while they are registered
 _SLICE = 20
@@ -48,6 +51,14 @@ class Daemon:
         self._tasks: dict[asyncio.Task[Any], Job | None] = {}
         self._relays = Relays(agent)
         self._ticking = False
+        self._shortages = Shortages(
+            agent,
+            tell=self.news.tell,
+            trouble=self.news.trouble,
+            end=lambda job: self._spawn(self._see_end(job), None),
+        )
+        self._hearing: asyncio.TimerHandle | None = None
+        agent.after_reading = self._shortages.check
 
     # Beginning and end
 
@@ -59,6 +70,7 @@ class Daemon:
         for path, said in unaccounted(self.agent):
             self.news.tell(None, "unaccounted", f"started without an agent: {said}")
             path.unlink()
+        asyncio.get_running_loop().add_reader(self._shortages.fileno(), self._hear)
         self._take_over()
         self._warden.guard(self.jobs.values())
         self._warden.mend(self.jobs.values())
@@ -74,6 +86,8 @@ class Daemon:
         for job in [job for name, job in self.jobs.items() if name not in before]:
             self._keep_watch(job)
             self._relays.open(job)
+            with self._telling(job):
+                self._shortages.listen(job)
             # Before anything is mended: the kernel went on counting.
             with self._telling(job):
                 self.agent.read_one(job)
@@ -82,6 +96,7 @@ class Daemon:
         """Store all totals and let go; the jobs go on without us."""
         self._vigil.close()
         self._warden.close()
+        asyncio.get_running_loop().remove_reader(self._shortages.fileno())
         for task in self._tasks:
             task.cancel()
         self._relays.close_all()
@@ -89,6 +104,7 @@ class Daemon:
             with self._telling(job):
                 self.agent.read_one(job)
         self.books.store(self.jobs.values())
+        self._shortages.close()
         for job in self.jobs.values():
             job.close()
         self.jobs.clear()
@@ -104,6 +120,9 @@ class Daemon:
         for sentence in self.agent.trouble:
             self.news.trouble(None, sentence)
         self.agent.trouble.clear()
+        for job in self.agent.cleared:
+            self.news.tell(job, "removed", "what could not be removed when it was finished has gone at last")
+        self.agent.cleared.clear()
 
     def _adopt(self, job: Job) -> None:
         self.jobs[job.spec.id] = job
@@ -120,8 +139,10 @@ class Daemon:
             raise UsageError(f"parent {parent.spec.id!r} is being finished; it takes no family any more")
         job = self.agent.create(spec, parent, terms)
         try:
+            self._shortages.listen(job)
             self.agent.ledger.made(job.row.seq)
         except AcctdError:
+            self._shortages.forget(job)
             self.agent.abandon(job)
             raise
         job.row = replace(job.row, phase="made")
@@ -199,11 +220,15 @@ class Daemon:
             raise
         self._watch_member(job)
         if first:
+            self.agent.take(job, NfsReader)
             self.news.tell(job, "began", f"pid {pid}")
 
     def set_limits(self, job: Job, limits: Limits, *, reclaim: bool) -> None:
         """Change what a job may use. Raises as Agent.set_limits does; nothing has changed then."""
-        self.agent.set_limits(job, limits, reclaim=reclaim)
+        try:
+            self.agent.set_limits(job, limits, reclaim=reclaim)
+        finally:
+            self._shortages.listen(job)  # its policy has files of its own beside the limit's
         self.news.tell(job, "limits", f"changed: {limits.told()}")
 
     def track(self, job: Job, rule: Rule) -> set[int]:
@@ -265,13 +290,11 @@ class Daemon:
         """End every process of a job without holding up another; the pids that would not die within `timeout` s."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
-        pause = 0.001
-        while True:
-            living = job.cgroups.kill(timeout=0.0)
-            if not living or loop.time() > deadline:
-                return living
+        for left, pause in job.cgroups.killing():
+            if loop.time() > deadline:
+                return left
             await asyncio.sleep(pause)
-            pause = min(pause * 2, 0.1)
+        return set()
 
     async def finish(self, job: Job, ending: Ending) -> Record:
         """End, read for the last time, sign off, dismantle; families inside it first.
@@ -285,6 +308,7 @@ class Daemon:
             return self._record_of(job)
         self._busy.add(name)
         try:
+            self.agent.take(job, NfsReader)
             await self.kill(job)
             for inner in family.below(self.jobs, job):
                 await self.finish(inner, Ending(at=inner.row.terms.ended_ns))
@@ -322,6 +346,7 @@ class Daemon:
         self.jobs.pop(job.spec.id, None)
         self._vigil.forget(job.spec.id)
         self._relays.close(job.spec.id)
+        self._shortages.forget(job)
         for task in [task for task, of in self._tasks.items() if of is job]:
             task.cancel()
 
@@ -393,6 +418,21 @@ class Daemon:
                 with self._telling(job):
                     self.agent.read_one(job)
 
+    def _hear(self) -> None:
+        """The memory of some job runs out, or it is time to listen again to one that said too much."""
+        if self._hearing is not None:
+            self._hearing.cancel()
+            self._hearing = None
+        self._shortages.hear()
+        if (due := self._shortages.due()) is not None:
+            loop = asyncio.get_running_loop()
+            self._hearing = loop.call_later(max(0.0, due - time.monotonic()), self._hear)
+
+    async def _see_end(self, job: Job) -> None:
+        """A job was ended for want of memory: all of it, whatever it takes."""
+        if survivors := await self.kill(job):
+            self.news.trouble(job, f"SIGKILL does not end all of it: {lingering(survivors)}")
+
     def _spawn(self, work: Coroutine[Any, Any, None], job: Job | None) -> None:
         """Work beside the ticks; that of a job ends with it."""
         task = asyncio.get_running_loop().create_task(work)
@@ -455,6 +495,7 @@ class Daemon:
         for record in self.books.catch_up():
             self.news.tell(record, "finished", f"{record.state}; its record could be written now")
         self.agent.clear_up()
+        self._report()
         if self.agent.unrecovered:
             self._take_over()
         await asyncio.sleep(0)

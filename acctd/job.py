@@ -9,7 +9,7 @@ from acctd.cgroup.driver import JobCgroups
 from acctd.cgroup.layout import Layout
 from acctd.kernel import procs
 from acctd.meter import Meter, State
-from acctd.metrics import BLOCK, NETWORK_BYTES, NETWORK_PACKETS, Readings
+from acctd.metrics import BLOCK, NETWORK_BYTES, NETWORK_PACKETS, NFS, Readings
 from acctd.model import JobSpec, chain_name
 from acctd.network import pool
 from acctd.network.backend import ChainPlan, Chains, Counts, Pools, Sample
@@ -18,6 +18,7 @@ from acctd.rows import Account, OpenJob, Place
 from collectors.blkio import BlkioReader, OwnBlkioReader
 from collectors.cpu import CpuReader
 from collectors.memory import MemoryReader
+from collectors.nfs import NfsReader
 from collectors.pids import PidsReader
 from collectors.pressure import PressureReader
 
@@ -27,10 +28,13 @@ NETWORK = (NETWORK_BYTES, NETWORK_PACKETS)
 SHORTAGES = 20
 """Kept of one job: a limit that grows in small steps, or a server whose workers are killed, could have any number."""
 
+_EXPLAINED = 5  # processes that do not die
+
 NETWORK_NAMES = tuple(metric.name for metric in NETWORK)
 BLOCK_NAMES = tuple(metric.name for metric in BLOCK)
+NFS_NAMES = tuple(metric.name for metric in NFS)
 
-Reader = BlkioReader | OwnBlkioReader | CpuReader | MemoryReader | PidsReader | PressureReader
+Reader = BlkioReader | OwnBlkioReader | CpuReader | MemoryReader | NfsReader | PidsReader | PressureReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     shortages: list[Shortage] = field(default_factory=list)  # the first and the newest
     shortages_dropped: int = 0
+    kills_told: int = 0  # see Account
     stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
     incarnation: str | None = None  # of its chain, as of the last reading; None before the first
     damage: str | None = None  # what another program did to its chain, until that is mended
@@ -79,14 +84,14 @@ class Job:
         """What the ledger is to know of it."""
         return Account(
             *(self.meter.stored(), self.incarnation, tuple(self.notes), self.stacked, self.families),
-            *(tuple(self.shortages), self.shortages_dropped),
+            *(tuple(self.shortages), self.shortages_dropped, self.kills_told),
         )
 
     @property
     def apart(self) -> tuple[str, ...]:
-        """The metrics whose counts its parent has not in its own: a chain's, and v1's block I/O, see readers.py."""
+        """The metrics whose counts its parent has not in its own: a chain's, NFS, and v1's block I/O, see readers.py."""
         blkio = self.cgroups.layout.of("blkio")
-        return NETWORK_NAMES + (BLOCK_NAMES if blkio is not None and blkio.version == 1 else ())
+        return NETWORK_NAMES + NFS_NAMES + (BLOCK_NAMES if blkio is not None and blkio.version == 1 else ())
 
     def note(self, sentence: str) -> None:
         """Say something about this account, once."""
@@ -170,6 +175,7 @@ def hold(row: OpenJob, layout: Layout) -> Job:
         notes=list(account.notes),
         shortages=list(account.shortages),
         shortages_dropped=account.shortages_dropped,
+        kills_told=account.kills_told,
         stacked=dict(account.stacked),
         incarnation=account.incarnation,
     )
@@ -196,6 +202,9 @@ def boottime() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
-def listed(pids: set[int]) -> str:
-    """Pids for a sentence."""
-    return ", ".join(map(str, sorted(pids)))
+def lingering(pids: set[int]) -> str:
+    """Processes that do not die, and what each waits for, for a sentence; of many the first five."""
+    found = [str(why) for pid in sorted(pids)[:_EXPLAINED] if (why := procs.stuck(pid)) is not None]
+    if len(pids) > _EXPLAINED:
+        found.append(f"{len(pids) - _EXPLAINED} more processes")
+    return "; ".join(found) or "processes that are just ending"

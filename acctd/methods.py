@@ -17,7 +17,7 @@ from acctd.caller import Caller
 from acctd.config import with_default_classes
 from acctd.daemon import Daemon
 from acctd.errors import NotFoundError, NotPermittedError, UsageError
-from acctd.job import Ending, Job
+from acctd.job import Ending, Job, lingering
 from acctd.kernel import procs
 from acctd.model import INT64_MAX, JobSpec, Limits, Record, parse_class
 from acctd.rows import Event, Rule, Terms
@@ -319,7 +319,8 @@ class Methods:
     async def _kill(self, caller: Caller, wanted: _OfJob) -> Answer:
         job = self._own(caller, wanted.job)
         survivors = await self._daemon.kill(job)
-        self._daemon.news.tell(job, "killed", f"by uid {caller.uid}")
+        left = f"; SIGKILL did not end all of it: {lingering(survivors)}" if survivors else ""
+        self._daemon.news.tell(job, "killed", f"by uid {caller.uid}{left}")
         return {"survivors": sorted(survivors)}
 
     async def _finish(self, caller: Caller, wanted: _Finish) -> Answer:

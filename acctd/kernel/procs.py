@@ -74,12 +74,19 @@ def credentials(pid: int) -> Credentials | None:
 
 
 def environment(pid: int) -> set[bytes]:
-    """The NAME=VALUE entries that a process was started with; none for one that is gone or a kernel thread."""
+    """The NAME=VALUE entries that a process was started with; none for one that is gone or a kernel thread.
+
+    None either, for now, for one with a thread in state D: that may hold the lock on its memory, as when a file that
+    it has mapped does not answer, and whoever reads this file then waits with it.
+    """
     try:
-        with open(f"/proc/{pid}/environ", "rb") as environ:
-            return set(environ.read().split(b"\0"))
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/stat", "rb") as stat:
+                if stat.read().rpartition(b")")[2].split()[0] == b"D":
+                    return set()
+    except (FileNotFoundError, ProcessLookupError):
         return set()
+    return set(_read_patiently(Path(f"/proc/{pid}/environ")).split(b"\0"))
 
 
 # /proc/<pid>/cgroup; hierarchy, controllers and path, which may hold colons:
@@ -180,8 +187,8 @@ def stuck(pid: int, root: Path = Path("/")) -> Stuck | None:
 
 
 def _read_patiently(path: Path) -> bytes:
-    """A file that is there for some kernels only, and whose reading may have to wait for the very process it is about:
-    its stack cannot be read in the middle of an execve(2). Nothing after 50 ms; the thread is left to itself then.
+    """A file of /proc that not everybody may read, and whose reading may have to wait for the process it is about: its
+    stack cannot be read in the middle of an execve(2). Nothing after 50 ms; the thread is left to itself then.
     """
     found = [b""]
 
