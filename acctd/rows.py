@@ -65,6 +65,7 @@ class Account:
     families: State = field(default_factory=dict)  # of ended families inside it, what is not in its own counts
     shortages: tuple[Shortage, ...] = ()  # the first and the newest
     shortages_dropped: int = 0  # others, not kept
+    kills_told: int = 0  # processes killed by the kernel for want of memory, as far as they are in a shortage
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,12 @@ from acctd.cli.summary import summary
 from acctd.cli.supervise import LiveLine, Signals, supervise
 from acctd.config import with_default_classes
 from acctd.errors import UsageError
-from acctd.job import Ending
+from acctd.job import Ending, Job
 from acctd.model import DestinationClass, JobSpec, Limits, NetworkMode, Owner, Record, parse_class, parse_size
 from acctd.network import resolver
 from acctd.policies import OOM_ACTIONS, OomAction
 from acctd.recovery import recover
+from acctd.shortages import Shortages
 from exporters.classad import format_ad, record_ad
 
 
@@ -139,16 +140,20 @@ def _account(
     # A job with a namespace has a loopback of its own, where the host's resolver does not listen.
     servers = resolver.host_servers() if spec.network == "nat" else []
     started = False
+    shortages = Shortages(agent, tell=_untold, trouble=_noted, end=_see_end)
+    agent.after_reading = shortages.check
     try:
         with resolver.Relay(job.namespace if job.namespace is not None else -1, servers) as relay:
             job.notes += [
                 f"the resolver {server} does not answer inside the job: {why}" for server, why in relay.skipped
             ]
+            shortages.listen(job)
             agent.begin(job)
             process, at = launch.start(job, arguments, groups=groups, environ=environ, blocked=signals.before)
             started = True
             agent.begin(job, at)
-            process.returncode = supervise(agent, job, process.pid, LiveLine(job) if not quiet else None)
+            live = LiveLine(job) if not quiet else None
+            process.returncode = supervise(agent, job, process.pid, live, shortages)
             ending = Ending.now(process.returncode)
     except BaseException as e:
         if started:
@@ -157,8 +162,29 @@ def _account(
             agent.finish(job, Ending())
         else:
             agent.abandon(job)
+        shortages.forget(job)
+        shortages.close()
         raise
-    return agent.finish(job, ending)
+    try:
+        return agent.finish(job, ending)
+    finally:
+        shortages.forget(job)
+        shortages.close()
+
+
+def _untold(_job: Job, _event: str, _text: str) -> None:
+    """Nobody listens to a single job's events; what matters stands in its record, and in the summary."""
+
+
+def _noted(job: Job | None, error: BaseException | str) -> None:
+    if job is not None:
+        job.note(str(error))
+    else:
+        say(f"acctd: {error}")
+
+
+def _see_end(job: Job) -> None:
+    job.cgroups.kill()
 
 
 def _owner(user: str | None) -> tuple[Owner, list[int], dict[str, str]]:

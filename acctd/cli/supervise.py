@@ -1,9 +1,12 @@
 """Watching one job from the terminal it was started on: its signals, its polls, its live line, its end.
 
-One thread, no handlers: all signals are blocked and taken with sigtimedwait, whose time-out is the next poll.
+One thread, no handlers: all signals are blocked, and taken one by one once a signalfd says that there is one. The wait
+for it ends earlier for the next poll, or when the kernel says that the job's memory runs out.
 """
 
+import math
 import os
+import select
 import signal
 import sys
 import termios
@@ -14,7 +17,9 @@ from acctd.agent import Agent
 from acctd.cli.summary import size
 from acctd.errors import AcctdError
 from acctd.job import Job
+from acctd.kernel import libc
 from acctd.meter import State
+from acctd.shortages import Shortages
 
 _FORWARDED = {
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2,
@@ -98,7 +103,7 @@ class LiveLine:
             return False
 
 
-def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None) -> int:
+def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None, shortages: Shortages) -> int:
     """Wait for the job's main process, polling the job meanwhile. Returns its exit status, or -n after signal n.
 
     Polls come at gaps of 1, 2, 4, ... ms and then of the configured interval, so that a short job is sampled too.
@@ -106,14 +111,21 @@ def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None) -> int:
     interval = agent.config.poll_interval
     started = time.monotonic()
     step, next_poll, stored = _FIRST_POLL, started + _FIRST_POLL, started
+    poller = select.poll()
+    poller.register(pending := libc.signalfd(_TAKEN), select.POLLIN)
+    poller.register(shortages.fileno(), select.POLLIN)
     while True:
-        due = [next_poll] + ([at] if live and (at := live.due()) is not None else [])
-        event = signal.sigtimedwait(_TAKEN, max(0.0, min(due) - time.monotonic()))
+        wanted = (next_poll, live.due() if live else None, shortages.due())
+        wait = min(at for at in wanted if at is not None) - time.monotonic()
+        poller.poll(max(0, math.ceil(wait * 1000)))
+        shortages.hear()
+        event = signal.sigtimedwait(_TAKEN, 0)
         if event is not None:
             if event.si_signo == signal.SIGCHLD:
                 if (code := _ended(pid)) is not None:
                     if live:
                         live.clear()
+                    os.close(pending)
                     return code
             else:
                 _pass_on(event, pid)

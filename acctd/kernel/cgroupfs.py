@@ -82,6 +82,11 @@ class CounterFile:
         """Whether the kernel had the file when it was opened."""
         return self._fd is not None
 
+    def detach(self) -> int | None:
+        """The descriptor, the caller's to close from now on; None where there is no such file."""
+        fd, self._fd = self._fd, None
+        return fd
+
     def close(self) -> None:
         """Give the descriptor back; further reads give None."""
         if self._fd is not None:

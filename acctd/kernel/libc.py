@@ -1,7 +1,8 @@
-"""The system calls that Python 3.11 does not offer: namespaces and mounts. Errors are OSError, as from os."""
+"""The system calls that Python 3.11 does not offer: namespaces, mounts, signalfd. Errors are OSError, as from os."""
 
 import ctypes
 import os
+from collections.abc import Iterable
 
 CLONE_NEWNET = 0x40000000
 MS_BIND = 0x1000
@@ -30,6 +31,16 @@ def setns(fd: int, kind: int = 0) -> None:
 def mount(source: str, target: str, flags: int) -> None:
     """man 2 mount, for bind mounts and propagation: no file system type, no data."""
     _check(_libc.mount(os.fsencode(source), os.fsencode(target), None, ctypes.c_ulong(flags), None), target)
+
+
+def signalfd(signals: Iterable[int]) -> int:
+    """A descriptor that is readable while one of these signals, which must be blocked, is pending. man 2 signalfd."""
+    mask = ctypes.create_string_buffer(128)  # sigset_t of glibc and musl
+    for number in signals:
+        _check(_libc.sigaddset(mask, int(number)), "sigaddset")
+    fd = _libc.signalfd(-1, mask, os.O_CLOEXEC)  # SFD_CLOEXEC
+    _check(min(fd, 0), "signalfd")
+    return int(fd)
 
 
 def umount(target: str) -> None:

@@ -1,0 +1,90 @@
+"""The site's program that decides about a job whose memory has run out: facts in as JSON, an answer out as JSON.
+
+Runs it beside the agent, for as long as the job may wait. Decides and does nothing itself; what an answer means is
+shortages.py's. Nothing goes through a shell.
+"""
+
+import os
+import subprocess
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from acctd.errors import AcctdError
+
+_ANSWER_BYTES = 1 << 16
+_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
+
+
+class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the program wrote. `memory` is the new limit in bytes, for grow."""
+
+    action: Literal["kernel", "kill", "hold", "grow"]
+    memory: int | None = None
+    reason: str = ""  # for the job's owner
+
+
+@dataclass(slots=True)
+class Asking:
+    """One run of the program. `fileno` becomes readable when it has ended."""
+
+    process: subprocess.Popen[bytes]
+    _ended: int  # eventfd
+    _outcome: Answer | AcctdError | None = None
+
+    def fileno(self) -> int:
+        return self._ended
+
+    def answer(self) -> Answer | None:
+        """What it answered; None where it had no answer in time. Raises AcctdError for what is no answer."""
+        if isinstance(self._outcome, AcctdError):
+            raise self._outcome
+        return self._outcome
+
+    def close(self) -> None:
+        """It is not wanted any more; a program that still runs is ended."""
+        if self.process.returncode is None:
+            self.process.kill()
+        os.close(self._ended)
+
+
+def ask(program: str, facts: Mapping[str, Any], timeout: float) -> Asking:
+    """Start the program; it has `timeout` seconds. Raises AcctdError where it cannot be started."""
+    try:
+        process = subprocess.Popen(
+            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", env=_ENVIRONMENT, start_new_session=True
+        )
+    except OSError as e:
+        raise AcctdError(f"oom.program {program} cannot be started: {e.strerror}; see the configuration") from e
+    asking = Asking(process, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+    told = msgspec.json.encode(facts) + b"\n"
+    threading.Thread(target=_wait, args=(asking, program, told, timeout, os.dup(asking.fileno())), daemon=True).start()
+    return asking
+
+
+def _wait(asking: Asking, program: str, facts: bytes, timeout: float, ended: int) -> None:
+    """In a thread of its own: its only way back is the outcome, and then the eventfd."""
+    process = asking.process
+    try:
+        said, _ = process.communicate(facts, timeout)
+        asking._outcome = _decoded(program, process.returncode, said)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    except OSError as e:
+        asking._outcome = AcctdError(f"oom.program {program} cannot be spoken to: {e.strerror}")
+    finally:
+        os.eventfd_write(ended, 1)
+        os.close(ended)
+
+
+def _decoded(program: str, code: int, said: bytes) -> Answer | AcctdError:
+    if code != 0:
+        return AcctdError(f"oom.program {program} ended with {code}; it is to end with 0 and to write its answer")
+    try:
+        return msgspec.json.decode(said[:_ANSWER_BYTES], type=Answer)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        return AcctdError(f'oom.program {program} gave no answer such as {{"action": "hold"}}: {e}')

@@ -1,0 +1,465 @@
+"""Jobs whose memory runs out: heard of as soon as the kernel says so, and dealt with as their policy asks.
+
+For one keeper of jobs, the living agent or `acctd run`: both give its one descriptor to what they wait with, and call
+hear(). What is put on record is inquest.py's; how a job is ended for good is its keeper's. A guardian beside it
+(guard.py) sees that no job waits for ever for a keeper that is dead. Knows no socket and no event loop.
+"""
+
+import os
+import select
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from acctd import inquest, oomprogram
+from acctd.agent import Agent
+from acctd.cgroup.memory import JobMemory, Troubles
+from acctd.errors import AcctdError
+from acctd.guard import Guard, released
+from acctd.job import Job
+from acctd.kernel import memevents, procs
+from acctd.kernel.memevents import Ear
+from acctd.metrics import MEMORY_FAILCNT, MEMORY_KERNEL, MEMORY_OOM_KILLS, MEMORY_RESIDENT, MEMORY_SWAP_FAILCNT
+from acctd.policies import Shortage
+
+_MUTE = 0.1  # s for which a job that is at its limit with page cache alone is not listened to (v2)
+_TOGETHER = 1.0  # s; a killer that strikes again within is the same shortage
+_REARMED_BELOW = 5  # percent below a threshold at which it may be told again
+_BUDGET = 0.004  # s to look at processes while the job stands still
+_LIMIT_HITS = (MEMORY_FAILCNT, MEMORY_SWAP_FAILCNT)
+_KILLED_BY_KERNEL = "killed by the kernel"
+
+
+Tell = Callable[[Job, str, str], None]
+Trouble = Callable[[Job | None, BaseException | str], None]
+
+
+@dataclass(slots=True)
+class _Watched:
+    """One job that is listened to."""
+
+    job: Job
+    memory: JobMemory
+    seen: Troubles  # as of the last look
+    out: Ear | None = None  # its memory ran out
+    usage: Ear | None = None  # v1: a threshold was crossed
+    warned: int = 0  # the highest threshold that was told, percent
+    handled: bool = False  # something is being done about it
+    last: float = 0.0  # monotonic, of the last shortage
+    muted: float | None = None  # until then, monotonic
+    asking: oomprogram.Asking | None = None
+
+    @property
+    def limit(self) -> int | None:
+        return self.job.spec.limits.hard
+
+    def ears(self) -> list[Ear]:
+        return [ear for ear in (self.out, self.usage) if ear is not None]
+
+
+class Shortages:
+    """The jobs of one keeper. Close it when the keeper goes: the jobs and their policies stay."""
+
+    def __init__(self, agent: Agent, *, tell: Tell, trouble: Trouble, end: Callable[[Job], None]) -> None:
+        """`tell` and `trouble` as in news.py. `end` sees to it that all of a job goes which has had SIGKILL."""
+        self._agent, self._tell, self._trouble, self._see_end = agent, tell, trouble, end
+        self._epoll = select.epoll()
+        self._watched: dict[int, _Watched] = {}  # by the job's seq
+        self._heard: dict[int, Callable[[], None]] = {}  # by descriptor
+        self.guard = Guard(agent.config.runtime_dir, lambda e: trouble(None, e))
+        self._add(self.guard.fileno(), select.EPOLLIN, self._guardian_speaks)
+
+    def fileno(self) -> int:
+        """Readable when hear() has something to do."""
+        return self._epoll.fileno()
+
+    def due(self) -> float | None:
+        """When hear() is to be called though nothing was heard: time.monotonic(), or None."""
+        return min((w.muted for w in self._watched.values() if w.muted is not None), default=None)
+
+    def listen(self, job: Job) -> None:
+        """From now on, also after its limits have changed, or once it was taken over. Raises AcctdError.
+
+        What befell it before that is found out by the next reading.
+        """
+        self._let_be(job)
+        directory, inside = job.cgroups.directory("memory"), job.cgroups.inside("memory")
+        if directory is None or inside is None:
+            return
+        memory = JobMemory(directory, inside)
+        watched = _Watched(job, memory, memory.troubles())
+        self._watched[job.row.seq] = watched
+        if self._was_released(job):
+            watched.last = time.monotonic()
+        if watched.limit is None:
+            return
+        self._arm(watched)
+        watched.out = memevents.out_of_memory(directory)
+        if watched.out is not None:
+            self._add(watched.out.fileno(), watched.out.events, lambda: self._ran_out(watched))
+        thresholds = [watched.limit * percent // 100 for percent in job.spec.oom.thresholds]
+        if thresholds and (usage := memevents.usage_thresholds(directory, thresholds)) is not None:
+            watched.usage = usage
+            self._add(usage.fileno(), usage.events, lambda: self._crossed(watched))
+        if memory.troubles().waiting:
+            self._act(watched)
+
+    def forget(self, job: Job) -> None:
+        """It is being finished. What can still be heard of it was heard by its last reading."""
+        watched = self._watched.get(job.row.seq)
+        self._let_be(job)
+        if watched is not None and job.spec.oom.action != "kernel":
+            self.guard.forget(job.spec.id)
+            self.guard.thawed(job.spec.id)
+
+    def hear(self) -> None:
+        """Deal with what the kernel, the guardian and programs have said. Never waits and never raises for one job."""
+        now = time.monotonic()
+        for watched in [w for w in self._watched.values() if w.muted is not None and w.muted <= now]:
+            self._unmute(watched)
+        for fd, _ in self._epoll.poll(0):
+            if (heard := self._heard.get(fd)) is not None:
+                heard()
+
+    def check(self, job: Job) -> None:
+        """After each reading of a job: what no ear tells, and thresholds where the kernel has none."""
+        try:
+            if (watched := self._watched.get(job.row.seq)) is not None:
+                self._look(watched)
+            else:
+                self._look_back(job)
+        except (AcctdError, OSError) as e:
+            self._trouble(job, e)
+
+    def close(self) -> None:
+        """Hear no more. Jobs that wait are the guardian's from now on, until somebody listens again."""
+        for watched in list(self._watched.values()):
+            self._let_be(watched.job)
+        self.guard.close()
+        self._epoll.close()
+
+    # Hearing
+
+    def _add(self, fd: int, events: int, heard: Callable[[], None]) -> None:
+        self._heard[fd] = heard
+        self._epoll.register(fd, events)
+
+    def _drop(self, fd: int) -> None:
+        del self._heard[fd]
+        self._epoll.unregister(fd)
+
+    def _let_be(self, job: Job) -> None:
+        watched = self._watched.pop(job.row.seq, None)
+        if watched is None:
+            return
+        self._unmute(watched)
+        for ear in watched.ears():
+            self._drop(ear.fileno())
+            ear.close()
+        self._answered(watched)
+
+    def _mute(self, watched: _Watched) -> None:
+        if watched.out is not None and watched.muted is None:
+            watched.muted = time.monotonic() + _MUTE
+            self._epoll.modify(watched.out.fileno(), 0)
+
+    def _unmute(self, watched: _Watched) -> None:
+        if watched.muted is not None and watched.out is not None:
+            self._epoll.modify(watched.out.fileno(), watched.out.events)
+        watched.muted = None
+
+    def _ran_out(self, watched: _Watched) -> None:
+        try:
+            if watched.out is not None and watched.out.clear() and watched.memory.directory.exists():
+                self._hear_v1(watched) if watched.memory.v1 else self._hear_v2(watched)
+        except (AcctdError, OSError) as e:
+            self._trouble(watched.job, e)
+
+    def _hear_v1(self, watched: _Watched) -> None:
+        # All jobs below the limit that was reached hear of it; that of the highest is the one.
+        for place in inquest.above(self._agent.held, watched.job):
+            above = self._watched.get(place.row.seq)
+            if above is not None and above.out is not None:
+                self._ran_out(above)
+                if above.memory.troubles().waiting or time.monotonic() - above.last < _TOGETHER:
+                    return
+        self._act(watched)
+
+    def _hear_v2(self, watched: _Watched) -> None:
+        before, watched.seen = watched.seen, (now := watched.memory.troubles())
+        if now.ooms > before.ooms:
+            self._killed_by_kernel(watched)
+        elif now.high > before.high and watched.job.spec.oom.action != "kernel" and watched.limit is not None:
+            if watched.memory.is_exhausted(watched.limit):
+                self._act(watched)
+            else:
+                self._mute(watched)
+
+    def _crossed(self, watched: _Watched) -> None:
+        try:
+            if watched.usage is not None and watched.usage.clear() and watched.memory.directory.exists():
+                self._warn(watched, watched.memory.held())
+        except (AcctdError, OSError) as e:
+            self._trouble(watched.job, e)
+
+    def _warn(self, watched: _Watched, held: int) -> None:
+        """Tell of the highest threshold that is crossed, once, until the job is well below it again."""
+        if watched.limit is None:
+            return
+        percent = 100 * held // watched.limit
+        crossed = max((each for each in watched.job.spec.oom.thresholds if each <= percent), default=0)
+        if crossed > watched.warned:
+            watched.warned = crossed
+            text = f"{percent} % of its limit of {watched.limit} bytes in use, page cache not counted"
+            self._tell(watched.job, "memory", text)
+        elif watched.warned and percent < watched.warned - _REARMED_BELOW:
+            watched.warned = crossed
+
+    def _look(self, watched: _Watched) -> None:
+        job = watched.job
+        last = job.meter.last((MEMORY_RESIDENT, MEMORY_KERNEL, MEMORY_OOM_KILLS))
+        kills = last.pop((MEMORY_OOM_KILLS, ""), 0)
+        self._warn(watched, sum(last.values()))
+        if kills > job.kills_told:
+            if watched.out is not None:
+                # The starter may be quicker than we are: what was said is heard before the account is closed.
+                self._ran_out(watched)
+            self._count_kills(watched)
+        if watched.handled and watched.asking is None and not watched.memory.troubles().waiting:
+            watched.handled = False
+            if watched.memory.v1 and watched.limit is not None and job.spec.oom.action != "kernel":
+                self._arm(watched)  # it may have been let loose
+
+    def _look_back(self, job: Job) -> None:
+        """What befell a job while no agent lived, as far as its counters tell: whether it ever was at its own limit."""
+        self._was_released(job)
+        new = sum(job.meter.last((MEMORY_OOM_KILLS,)).values()) - job.kills_told
+        if new > 0:
+            job.kills_told += new
+            own = job.spec.limits.hard is not None and any(job.meter.last(_LIMIT_HITS).values())
+            self._keep(job, inquest.examine(job, action=_KILLED_BY_KERNEL, host=not own, kills=new))
+
+    def _count_kills(self, watched: _Watched) -> None:
+        """Put new victims of the kernel down to the limit they fell to: the job's, that of one above, or the node's."""
+        job = watched.job
+        new = watched.memory.troubles().kills - job.kills_told
+        if new <= 0:
+            return
+        job.kills_told += new
+        now = time.monotonic()
+        if watched.last and job.shortages and job.shortages[-1].level == "job":
+            last = job.shortages[-1]
+            job.shortages[-1] = inquest.with_kills(job, last, last.kills + new)
+            job.unstored = True
+            return
+        for place in inquest.above(self._agent.held, job):
+            above = self._watched.get(place.row.seq)
+            if above is not None and above.last and now - above.last < 60 and place.shortages:
+                self._keep(job, inquest.told_to(job, place.shortages[-1], "parent", new))
+                return
+        self._keep(job, inquest.examine(job, action=_KILLED_BY_KERNEL, host=True, kills=new))
+
+    # Acting
+
+    def _act(self, watched: _Watched) -> None:
+        """The limit of this very job was reached, and nothing can be reclaimed."""
+        action = watched.job.spec.oom.action
+        if action == "kernel":
+            self._killed_by_kernel(watched)
+        elif watched.memory.v1 and not watched.memory.troubles().waiting:
+            return  # the limit was raised, or somebody ended meanwhile
+        elif watched.handled:
+            return
+        elif action == "exec":
+            self._ask(watched)
+        elif action != "grow" or not self._grow(watched, None):
+            self._end(watched, "killed" if action == "kill" else "held")
+
+    def _killed_by_kernel(self, watched: _Watched) -> None:
+        job, now = watched.job, time.monotonic()
+        again = watched.last and now - watched.last < _TOGETHER and job.shortages
+        watched.last = now
+        if not again:
+            self._keep(job, inquest.examine(job, action=_KILLED_BY_KERNEL))
+        self._count_kills(watched)
+
+    def _end(self, watched: _Watched, action: str) -> None:
+        """Stop the job, look at it, end it."""
+        job = watched.job
+        watched.handled, watched.last = True, time.monotonic()
+        self._freeze(watched)
+        shortage = inquest.examine(job, action=action, budget=_BUDGET)
+        job.cgroups.kill(timeout=0.0)
+        self.guard.thawed(job.spec.id)
+        self._keep(job, shortage)
+        self._see_end(job)
+
+    def _grow(self, watched: _Watched, wanted: int | None) -> bool:
+        """Raise the limit a step, or to what is wanted; False where that would go too far."""
+        job, limit, policy = watched.job, watched.limit, watched.job.spec.oom
+        if limit is None:
+            return False
+        new = wanted if wanted is not None else limit + limit * policy.step // 100
+        new = min(new, policy.ceiling) if policy.ceiling is not None else new
+        room = procs.meminfo().get("MemAvailable", 0) - self._agent.config.oom.reserve
+        if new <= limit or new - limit > room:
+            return False
+        shortage = inquest.examine(job, action="grown", said={"raised_to": new})
+        try:
+            self._agent.set_limits(job, replace(job.spec.limits, memory=new), reclaim=False)
+            self._arm(watched)
+        except AcctdError as e:
+            self._trouble(job, e)
+            return False
+        watched.last = time.monotonic()
+        self._keep(job, shortage)
+        return True
+
+    def _freeze(self, watched: _Watched) -> None:
+        """Stop every process of it, for its deadline at most. A host without a freezer does without."""
+        job = watched.job
+        if (thawing := job.cgroups.thawing()) is None:
+            return
+        self.guard.frozen(job.spec.id, *thawing, deadline=job.spec.oom.deadline)
+        job.cgroups.freeze()
+
+    def _thaw(self, watched: _Watched) -> None:
+        if watched.job.cgroups.thawing() is not None:
+            watched.job.cgroups.thaw()
+            self.guard.thawed(watched.job.spec.id)
+
+    def _arm(self, watched: _Watched) -> None:
+        """Make the kernel wait for us, if the policy needs that; never without a guardian."""
+        job, limit = watched.job, watched.limit
+        if limit is None or job.spec.oom.action == "kernel":
+            return
+        if watched.memory.v1:
+            self.guard.watch(job.spec.id, watched.memory.directory.path, job.spec.oom.deadline)
+        watched.memory.arm(limit)
+
+    def _let_loose(self, watched: _Watched) -> None:
+        """Let the kernel's killer decide."""
+        if watched.limit is not None:
+            watched.memory.disarm(watched.limit)
+
+    # The site's program
+
+    def _ask(self, watched: _Watched) -> None:
+        job, program = watched.job, self._agent.config.oom.program
+        watched.handled, watched.last = True, time.monotonic()
+        self._freeze(watched)
+        shortage = inquest.examine(job, action="held", budget=_BUDGET)
+        try:
+            if program is None:
+                raise AcctdError("oom.program is not in the configuration any more")
+            asking = oomprogram.ask(program, self._facts(job, shortage), job.spec.oom.deadline)
+        except AcctdError as e:
+            self._trouble(job, e)
+            self._end(watched, "held")
+            return
+        watched.asking = asking
+        self._add(asking.fileno(), select.EPOLLIN, lambda: self._follow(watched, shortage))
+        self._tell(job, "memory", f"{program} is asked what to do: {shortage.text}")
+
+    def _facts(self, job: Job, shortage: Shortage) -> dict[str, object]:
+        spec = job.spec
+        return {
+            "node": os.uname().nodename,
+            "job": spec.id,
+            "owner": spec.owner.name,
+            "uid": spec.owner.uid,
+            "parent": spec.parent,
+            "tags": dict(spec.tags),
+            "ceiling": spec.oom.ceiling,
+            "deadline": spec.oom.deadline,
+            "available": procs.meminfo().get("MemAvailable"),
+            "time": shortage.time,
+            "limit": shortage.limit,
+            "usage": shortage.usage,
+            "memory": shortage.memory,
+            "processes": shortage.processes,
+        }
+
+    def _answered(self, watched: _Watched) -> None:
+        if watched.asking is not None:
+            self._drop(watched.asking.fileno())
+            watched.asking.close()
+            watched.asking = None
+
+    def _follow(self, watched: _Watched, shortage: Shortage) -> None:
+        """Do as the program says; where it says nothing in time the kernel decides, where it makes no sense hold."""
+        job, asking = watched.job, watched.asking
+        if asking is None:
+            return
+        try:
+            try:
+                answer = asking.answer()
+            except AcctdError as e:
+                self._trouble(job, e)
+                answer = oomprogram.Answer("hold")
+            finally:
+                self._answered(watched)
+            if answer is None:
+                self._release(watched, shortage)
+                return
+            if answer.reason:
+                self._tell(job, "memory", f"the site says: {answer.reason}")
+            if answer.action == "kernel":
+                self._keep(job, replace(shortage, action=_KILLED_BY_KERNEL))
+                self._let_loose(watched)
+                self._thaw(watched)
+            elif answer.action == "grow" and self._grow(watched, answer.memory):
+                self._thaw(watched)
+                watched.handled = False
+            else:
+                self._end(watched, "killed" if answer.action == "kill" else "held")
+        except (AcctdError, OSError) as e:
+            self._trouble(job, e)
+
+    def _release(self, watched: _Watched, shortage: Shortage) -> None:
+        job = watched.job
+        self._keep(job, inquest.examine(job, action="released", said={"waited": job.spec.oom.deadline}))
+        self._let_loose(watched)
+        self._thaw(watched)
+
+    def _guardian_speaks(self) -> None:
+        """The guardian has let a job go that waited for us for too long, or could not watch one."""
+        for deed in self.guard.news():
+            watched = next((w for w in self._watched.values() if w.job.spec.id == deed.name), None)
+            if watched is not None:
+                watched.last = time.monotonic()
+                if deed.what == "released":
+                    said = {"waited": watched.job.spec.oom.deadline}
+                    self._keep(watched.job, inquest.examine(watched.job, action="released", said=said))
+                    watched.handled = True  # armed again by the next reading that finds it waiting no more
+                elif deed.what == "unguarded":
+                    watched.memory.disarm(watched.limit or 0)
+                    self._trouble(watched.job, f"no guardian can watch it ({deed.text}); the kernel decides")
+            deed.remove()
+
+    def _was_released(self, job: Job) -> bool:
+        """Whether a guardian let this job go after its keeper had died; that is put on record."""
+        found = False
+        for deed in released(self._agent.config.runtime_dir):
+            if deed.name == job.spec.id and deed.time >= job.row.created:
+                if deed.what == "released":
+                    said = {"waited": job.spec.oom.deadline}
+                    self._keep(job, replace(inquest.examine(job, action="released", said=said), time=deed.time))
+                    found = True
+                deed.remove()
+        return found
+
+    # Telling
+
+    def _keep(self, job: Job, shortage: Shortage) -> None:
+        """Put it into the record of the job, and of those that it is part of or that were part of it, and tell."""
+        job.ran_out(shortage)
+        self._tell(job, "out-of-memory", shortage.text)
+        if shortage.level != "job":
+            return
+        for place in inquest.above(self._agent.held, job):
+            place.ran_out(inquest.told_to(place, shortage, "family"))
+        if shortage.action in ("killed", "held"):
+            for inner in self._agent.held.values():
+                if any(place is job for place in inquest.above(self._agent.held, inner)):
+                    inner.ran_out(inquest.told_to(inner, shortage, "parent"))
