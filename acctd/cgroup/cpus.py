@@ -124,7 +124,8 @@ def chooser(count: int, layout: Layout, base: str, root: Path = Path("/")) -> Co
     cores = [Core(core.cpus & cpus, core.package, core.node) for core in topology if core.cpus & cpus]
     if len(cores) < count:
         raise UnavailableError(
-            f"cpuset linear:{count} is more than there is: jobs here have {len(cores)} cores; ask for fewer"
+            f"cpuset linear:{count} is more than there is: jobs here have {len(cores)} "
+            f"{'core' if len(cores) == 1 else 'cores'}; ask for fewer"
         )
 
     def choose_of(taken: Sequence[str]) -> tuple[str, str]:
