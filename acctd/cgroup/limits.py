@@ -1,18 +1,23 @@
 """What a job may use, as interface files: `Limits` turned into (controller, file, value) for v1 and v2, and written.
 
-Every value is read back, since the kernel rounds and some kernels ignore. Kernel docs: scheduler/sched-bwc.rst,
-admin-guide/cgroup-v1/memory.rst, admin-guide/cgroup-v1/pids.rst, admin-guide/cgroup-v2.rst.
+Every value is read back, since the kernel rounds and some kernels ignore. What each limit means on v1 and on v2, and
+what cannot be had, is tabled in docs/limits.md. Changing a living job's is change.py's. Kernel docs:
+scheduler/sched-bwc.rst, admin-guide/cgroup-v1/memory.rst, admin-guide/cgroup-v1/pids.rst, admin-guide/cgroup-v2.rst.
 """
 
 import mmap
 from collections.abc import Callable
 from typing import NamedTuple
 
-from acctd.errors import KernelRefusedError, NotPermittedError, UnavailableError
+from acctd.cgroup.layout import Layout
+from acctd.errors import KernelRefusedError, NotPermittedError, UnavailableError, UsageError
 from acctd.kernel.cgroupfs import CgroupDir
-from acctd.model import Limits
+from acctd.model import INT64_MAX, Limits
 
 PERIOD_US = 100_000
+
+_SINCE = {"cpu.cfs_burst_us": "5.14", "cpu.max.burst": "5.14"}
+"""The Linux that has a file which not every kernel in use has."""
 
 
 class Setting(NamedTuple):
@@ -22,45 +27,91 @@ class Setting(NamedTuple):
     controller: str
     file: str
     value: str
+    inner: bool = False  # v2: in the child that holds the job's processes, not in the job's own directory
 
 
-def v1_settings(limits: Limits) -> list[Setting]:
-    """In the order v1 accepts: memory before memsw, which may never be the lower one."""
-    out = []
-    if limits.memory is not None:
-        out.append(Setting("memory", "memory", "memory.limit_in_bytes", str(limits.memory)))
-        if limits.swap is not None:
-            both = str(limits.memory + limits.swap)
-            out.append(Setting("swap", "memory", "memory.memsw.limit_in_bytes", both))
-    if limits.memory_soft is not None:
-        out.append(Setting("memory_soft", "memory", "memory.soft_limit_in_bytes", str(limits.memory_soft)))
+Place = Callable[[Setting], CgroupDir | None]
+"""Where a setting is to be written, or None where this host has no such controller."""
+
+
+def settings(layout: Layout, limits: Limits, cpus: str = "", mems: str = "") -> list[Setting]:
+    """What stands for the limits here, controller by controller: a host may have some on v1 and the others on v2.
+
+    `cpus` and `mems` are the CPU and node lists that were chosen for linear:N; they win over limits.cpuset. Raises
+    UsageError and UnavailableError for what cannot be had.
+    """
+    v1 = {controller for h in layout.hierarchies if h.version == 1 for controller in h.controllers}
+    on_v1 = [s for s in v1_settings(limits, cpus, mems, memory="memory" in v1) if s.controller in v1]
+    return on_v1 + [s for s in v2_settings(limits, cpus, mems) if s.controller not in v1]
+
+
+def v1_settings(limits: Limits, cpus: str = "", mems: str = "", *, memory: bool = True) -> list[Setting]:
+    """In the order v1 accepts: memory before memsw, which may never be the lower one. `memory`: v1 has it here."""
+    out = _v1_memory(limits) if memory else []
     if limits.cpus is not None:
         out.append(Setting("cpus", "cpu", "cpu.cfs_period_us", str(PERIOD_US)))
         out.append(Setting("cpus", "cpu", "cpu.cfs_quota_us", str(quota_us(limits.cpus))))
+        if limits.cpu_burst is not None:
+            out.append(Setting("cpu_burst", "cpu", "cpu.cfs_burst_us", str(burst_us(limits.cpus, limits.cpu_burst))))
     if limits.cpu_shares is not None:
         out.append(Setting("cpu_shares", "cpu", "cpu.shares", str(limits.cpu_shares)))
-    if limits.cpuset is not None:
-        out.append(Setting("cpuset", "cpuset", "cpuset.cpus", limits.cpuset))
-    if limits.pids is not None:
-        out.append(Setting("pids", "pids", "pids.max", str(limits.pids)))
+    return out + _everywhere(limits, cpus, mems)
+
+
+def _v1_memory(limits: Limits) -> list[Setting]:
+    out = []
+    if limits.soft is not None:
+        out.append(Setting("memory_soft", "memory", "memory.soft_limit_in_bytes", str(limits.soft)))
+    if limits.hard is not None:
+        out.append(Setting("memory", "memory", "memory.limit_in_bytes", str(limits.hard)))
+    if limits.swap is None or limits.memory_policy == "none":
+        return out
+    if limits.hard is not None:
+        both = str(min(limits.hard + limits.swap, INT64_MAX))
+        out.append(Setting("swap", "memory", "memory.memsw.limit_in_bytes", both))
+    elif limits.swap:
+        raise UnavailableError(
+            f"swap {limits.swap} cannot be limited under memory_policy {limits.memory_policy}: cgroup v1 only limits "
+            "memory and swap together, which needs a hard limit; leave swap out, or choose 0, or memory_policy custom"
+        )
+    if not limits.swap:
+        # Memory and swap together say nothing against being swapped out for want of memory elsewhere.
+        out.append(Setting("swap", "memory", "memory.swappiness", "0"))
     return out
 
 
-def v2_settings(limits: Limits) -> list[Setting]:
-    """The same on v2. memory_soft is memory.low: what the job keeps when the host runs short."""
+def v2_settings(limits: Limits, cpus: str = "", mems: str = "") -> list[Setting]:
+    """The same on v2. The soft limit is memory.low: what the job keeps when the host or its parent runs short.
+
+    Not memory.high, which would slow the job down although there is memory enough. memory.low is needed by the child
+    with the processes too: without the mount option memory_recursiveprot a cgroup's protection ends at its children.
+    """
     out = []
-    if limits.memory is not None:
-        out.append(Setting("memory", "memory", "memory.max", str(limits.memory)))
-    if limits.swap is not None:
+    if limits.soft is not None:
+        out.append(Setting("memory_soft", "memory", "memory.low", str(limits.soft)))
+        out.append(Setting("memory_soft", "memory", "memory.low", str(limits.soft), inner=True))
+    if limits.swap is not None and limits.memory_policy != "none":
         out.append(Setting("swap", "memory", "memory.swap.max", str(limits.swap)))
-    if limits.memory_soft is not None:
-        out.append(Setting("memory_soft", "memory", "memory.low", str(limits.memory_soft)))
+    if limits.hard is not None:
+        out.append(Setting("memory", "memory", "memory.max", str(limits.hard)))
     if limits.cpus is not None:
         out.append(Setting("cpus", "cpu", "cpu.max", f"{quota_us(limits.cpus)} {PERIOD_US}"))
+        if limits.cpu_burst is not None:
+            out.append(Setting("cpu_burst", "cpu", "cpu.max.burst", str(burst_us(limits.cpus, limits.cpu_burst))))
     if limits.cpu_shares is not None:
         out.append(Setting("cpu_shares", "cpu", "cpu.weight", str(weight(limits.cpu_shares))))
-    if limits.cpuset is not None:
-        out.append(Setting("cpuset", "cpuset", "cpuset.cpus", limits.cpuset))
+    return out + _everywhere(limits, cpus, mems)
+
+
+def _everywhere(limits: Limits, cpus: str, mems: str) -> list[Setting]:
+    """The files that v1 and v2 call the same."""
+    out = []
+    if not cpus and limits.linear is not None:
+        raise UnavailableError(f"cpuset {limits.cpuset!r}: no cores were chosen for this job; give a CPU list instead")
+    if cpus or limits.cpuset is not None:
+        out.append(Setting("cpuset", "cpuset", "cpuset.cpus", cpus or limits.cpuset or ""))
+    if mems:
+        out.append(Setting("cpuset", "cpuset", "cpuset.mems", mems))
     if limits.pids is not None:
         out.append(Setting("pids", "pids", "pids.max", str(limits.pids)))
     return out
@@ -71,47 +122,96 @@ def quota_us(cpus: float) -> int:
     return max(1000, round(cpus * PERIOD_US))
 
 
+def burst_us(cpus: float, burst: float) -> int:
+    """CPU time that unused quota may save up, in us. The kernel lets no more be saved up than the quota of a period."""
+    if burst * 1e6 > quota_us(cpus):
+        raise UsageError(
+            f"cpu_burst {burst} is above what {cpus} cpus save up at most, {quota_us(cpus) / 1e6} seconds "
+            "(the quota of one period of 0.1 seconds); lower it"
+        )
+    return round(burst * 1e6)
+
+
 def weight(shares: int) -> int:
     """cpu.shares 2..262144 as cpu.weight 1..10000, on the line that systemd and the container runtimes use."""
     return 1 + ((shares - 2) * 9999) // 262142
 
 
-def apply(settings: list[Setting], directory: Callable[[str], CgroupDir | None]) -> None:
-    """Write and read back. `directory` gives the job's directory for a controller, or None where there is none.
+def apply(settings: list[Setting], place: Place) -> None:
+    """Write each and read it back.
 
     Raises UnavailableError for a limit this host cannot set, KernelRefusedError for one the kernel refuses or alters
     by more than the rounding to whole pages.
     """
     for setting in settings:
-        where = directory(setting.controller)
-        if where is None:
-            raise UnavailableError(
-                f"{setting.limit} cannot be limited: this host has no {setting.controller} controller; leave it out"
-            )
-        if not where.has(setting.file):
-            raise UnavailableError(
-                f"{setting.limit} cannot be limited: this kernel has no {setting.file}; leave it out"
-            )
-        try:
-            where.write(setting.file, setting.value)
-        except (KernelRefusedError, NotPermittedError) as e:
-            # EACCES too: v1's answer to CPUs outside the parent's, whoever asks.
+        put(setting, found(setting, place))
+
+
+def found(setting: Setting, place: Place) -> CgroupDir:
+    """Where it is written. UnavailableError where this host lacks the controller, or the kernel the file."""
+    where = place(setting)
+    if where is None:
+        raise UnavailableError(
+            f"{setting.limit} cannot be limited: this host has no {setting.controller} controller; leave it out"
+        )
+    if not where.has(setting.file):
+        since = f" (Linux {_SINCE[setting.file]} has it)" if setting.file in _SINCE else ""
+        raise UnavailableError(
+            f"{setting.limit} cannot be limited: this kernel has no {setting.file}{since}; leave it out"
+        )
+    return where
+
+
+def put(setting: Setting, where: CgroupDir) -> None:
+    """Write one setting and read it back. Raises KernelRefusedError."""
+    try:
+        where.write(setting.file, setting.value)
+    except (KernelRefusedError, NotPermittedError) as e:
+        # EACCES too: v1's answer to CPUs outside the parent's, whoever asks.
+        raise KernelRefusedError(f"{setting.limit}: {e}; it may be below what is in use or outside the parent's") from e
+    value = setting.value.strip()
+    if value and setting.file in ("cpuset.cpus", "cpuset.mems") and where.has(f"{setting.file}.effective"):
+        # v2 keeps CPUs outside the parent's as a wish and runs the job elsewhere.
+        in_force = value_of(where, f"{setting.file}.effective")
+        if not _same(setting.controller, value, in_force):
+            what = "CPUs" if setting.file == "cpuset.cpus" else "memory nodes"
             raise KernelRefusedError(
-                f"{setting.limit}: {e}; it may be below what is in use or outside the parent's"
-            ) from e
-        got = (where.read(setting.file) or b"").decode().strip()
-        if setting.file == "cpuset.cpus" and where.has("cpuset.cpus.effective"):
-            # v2 keeps CPUs outside the parent's as a wish and runs the job elsewhere.
-            in_force = (where.read("cpuset.cpus.effective") or b"").decode().strip()
-            if not _same(setting.controller, setting.value, in_force):
-                raise KernelRefusedError(
-                    f"{setting.limit}: of CPUs {setting.value!r} only {in_force!r} would be used; "
-                    "the others are outside the parent's or offline"
-                )
-        if not _same(setting.controller, setting.value, got):
-            raise KernelRefusedError(
-                f"{setting.limit}: wrote {setting.value!r} to {setting.file}, read back {got!r}; choose another value"
+                f"{setting.limit}: of {what} {value!r} only {in_force!r} would be used; "
+                "the others are outside the parent's or offline"
             )
+    got = value_of(where, setting.file)
+    if not _same(setting.controller, value, got):
+        raise KernelRefusedError(
+            f"{setting.limit}: wrote {value!r} to {setting.file}, read back {got!r}; choose another value"
+        )
+
+
+def value_of(where: CgroupDir, file: str) -> str:
+    """What a file says now; "" where it is empty, or gone with its cgroup."""
+    return (where.read(file) or b"").decode().strip()
+
+
+def carry_protection(job: CgroupDir) -> None:
+    """v2: let the cgroups above a job's directory protect what the jobs inside them protect; v1 has nothing of it.
+
+    memory.low counts for no more than that of the cgroup above, which is 0 by itself. Written is the sum of what the
+    directories inside say, and not more: under memory_recursiveprot the rest would go to those over their limit. Only
+    where acctd made the directory, and not where it is a job, which has a limit of its own.
+    """
+    above = job.parent if job.parts else job
+    while above.parts and above.has("memory.low") and above.marked() and not above.description():
+        while value_of(above, "memory.low") != (together := _protected(above)):
+            # Compared again after writing: a neighbour may have summed up before our job was there and written after.
+            above.write("memory.low", together)
+        above = above.parent
+
+
+def _protected(above: CgroupDir) -> str:
+    """The sum of what the directories inside protect, in the kernel's own form."""
+    lows = [value_of(child, "memory.low") for child in above.children()]
+    if "max" in lows or (total := sum(int(low or 0) for low in lows)) > INT64_MAX - mmap.PAGESIZE:
+        return "max"
+    return str(total)
 
 
 def _same(controller: str, wrote: str, read: str) -> bool:

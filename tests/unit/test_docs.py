@@ -20,7 +20,7 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
 
 def test_imports_point_down() -> None:
     floor = {
-        "acctd.errors": 0, "acctd.policies": 0, "acctd.wording": 0, "acctd.model": 0, "acctd.metrics": 0, "acctd.kernel": 1, "collectors": 2,
+        "acctd.errors": 0, "acctd.policies": 0, "acctd.requests": 0, "acctd.wording": 0, "acctd.model": 0, "acctd.metrics": 0, "acctd.kernel": 1, "collectors": 2,
         "acctd.cgroup": 2, "acctd.network": 2, "acctd.meter": 3, "acctd.ledger": 3, "acctd.rows": 3,
         "acctd.config": 3, "acctd.tables": 3, "exporters": 4, "acctd.job": 4, "acctd.tracking": 4, "acctd.readers": 4, "acctd.wishes": 5, "acctd.family": 5,
         "acctd.agent": 5, "acctd.recovery": 5, "acctd.books": 5, "acctd.views": 5, "acctd.mending": 4,
