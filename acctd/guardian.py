@@ -4,8 +4,8 @@ A job that waits in OOM on cgroup v1 (oom_kill_disable), and a frozen job, waits
 hang, be stopped, or be dead. So at a deadline this process writes 0 to memory.oom_control, which lets the kernel's own
 killer loose, or thaws. It decides nothing else. Kernel doc: admin-guide/cgroup-v1/memory.rst, "OOM Control".
 
-Standard library only and little of it; imports nothing of acctd. Run as a file, `python -I -S guardian.py DIRECTORY`,
-in a session of its own. Lines come on descriptor 0, fields divided by NUL, seconds as text:
+Standard library only and little of it; imports nothing of acctd. `python -I -S guardian.py DIRECTORY` runs it; guard.py
+does, in a session of its own. Lines come on descriptor 0, fields divided by NUL, seconds as text:
 
     watch NAME SECONDS FILE           memory.oom_control of a job's cgroup, v1; once more renews it
     forget NAME
@@ -213,7 +213,7 @@ class Guardian:
                 watched = Watched(key[1], *fields)
                 watched.began, watched.look = now, now + watched.deadline
         except OSError as e:
-            self.tell(b"unguarded", key[1], os.fsencode(str(e)), b"")
+            self.tell(b"unguarded", key[1], time.time_ns(), os.fsencode(str(e)), b"")
             return
         self.watched[key] = watched
         try:
@@ -266,7 +266,8 @@ class Guardian:
             watched.began = watched.first = None  # it is watched on: its keeper may have it wait again
         else:
             self.drop(key)
-        self.tell(what, watched.name, why, self.trace(what, why, watched))
+        now = time.time_ns()
+        self.tell(what, watched.name, now, why, self.trace(what, why, watched, now))
 
     def end(self) -> None:
         """SIGTERM. A keeper starts another guardian; without one nobody would be left to let these go."""
@@ -288,13 +289,12 @@ class Guardian:
         except OSError as e:
             self.drop(key)
             if e.errno not in (2, 19):  # ENOENT, ENODEV: its cgroup was removed
-                self.tell(b"unguarded", key[1], os.fsencode(str(e)), b"")
+                self.tell(b"unguarded", key[1], time.time_ns(), os.fsencode(str(e)), b"")
 
     # What it says
 
-    def trace(self, what: bytes, why: bytes, watched: Watched) -> bytes:
+    def trace(self, what: bytes, why: bytes, watched: Watched, now: int) -> bytes:
         """Leave a file that tells of it; its path, or nothing where that cannot be."""
-        now = time.time_ns()
         values = quoted(watched.name), quoted(what), now / 1e9, quoted(why), quoted(watched.file)
         text = b'{"name": %b, "what": %b, "time": %.3f, "text": %b, "file": %b}\n' % values
         path = os.path.join(self.directory, b"%b.%d" % (watched.name, now))
@@ -311,10 +311,10 @@ class Guardian:
             return b""  # the line to the keeper is all that tells of it
         return path
 
-    def tell(self, what: bytes, name: bytes, text: bytes, trace: bytes) -> None:
+    def tell(self, what: bytes, name: bytes, now: int, text: bytes, trace: bytes) -> None:
         """Tell the keeper, if it lives and reads. What was done has its trace, told or not."""
         try:
-            os.write(OUT, b"\0".join((what, name, b"%.3f" % time.time(), text.replace(b"\n", b" "), trace)) + b"\n")
+            os.write(OUT, b"\0".join((what, name, b"%.3f" % (now / 1e9), text.replace(b"\n", b" "), trace)) + b"\n")
         except OSError:
             pass
 
