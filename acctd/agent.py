@@ -13,22 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from acctd import mending, readers
+from acctd import ledgers, mending, readers
 from acctd.cgroup import cpus
 from acctd.cgroup.change import change
 from acctd.cgroup.driver import arm_block_counters
 from acctd.cgroup.layout import Layout, discover
 from acctd.config import Config
-from acctd.errors import AcctdError, InUseError, KernelRefusedError, LedgerError, NotPermittedError, UsageError
+from acctd.errors import AcctdError, InUseError, KernelRefusedError, NotPermittedError, UsageError
 from acctd.job import Ending, Job, boottime, hold, lingering
 from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
-from acctd.ledger import FILE, Ledger, empty_successor, move_aside, take_successor
+from acctd.ledger import FILE
 from acctd.meter import add
 from acctd.model import JobSpec, Limits, Record
 from acctd.network import host, pipe, pool
 from acctd.network.backend import Chains, Pools
 from acctd.network.probe import choose
-from acctd.rows import OpenJob, Phase, Place, Terms, encode_row
+from acctd.rows import Place, Terms, encode_row
 from collectors.blkio import BlkioReader, OwnBlkioReader
 from collectors.nfs import NfsHost, NfsReader
 
@@ -47,7 +47,7 @@ class Agent:
             private.make(directory)
         self.trouble: list[str] = []
         """What could not be cleaned up so far, one sentence each."""
-        self.ledger = self._open_ledger(lasting=lasting)
+        self.ledger = ledgers.opened(config.state_dir / FILE, self.trouble, lasting=lasting)
         self.layout: Layout = discover(config.cgroup.controllers)
         self.pools = Pools(config.network.pool4, config.network.pool6 if host.has_ipv6() else None)
         self.keeper = procs.identity(os.getpid())
@@ -245,68 +245,6 @@ class Agent:
             self.ledger.store([(job.row.seq, job.account) for job in changed], self.keeper, boottime())
         for job in changed:
             job.unstored = False
-
-    def _open_ledger(self, *, lasting: bool) -> Ledger:
-        path = self.config.state_dir / FILE
-        try:
-            if lasting:
-                take_successor(path)
-            if lasting and path.is_dir():
-                raise LedgerError(f"ledger {path} is a directory", corrupt=True)
-            ledger = Ledger(path)
-            if lasting:
-                ledger.check()
-        except LedgerError as e:
-            if not e.corrupt or not lasting:
-                raise
-            aside = move_aside(path)
-            self.trouble.append(f"{e}; it is now {aside}, and jobs are found again by what stands on their cgroups")
-            ledger = Ledger(path)
-            ledger.begin_numbers_anew()
-        return ledger
-
-    def begin_ledger_anew(self) -> Path:
-        """Move a corrupt ledger aside and write the jobs that are held into a new one; where the old one is now.
-
-        Raises LedgerError if there can be no new one now, and goes on with the old.
-        """
-        path = self.ledger.path
-        with Ledger(empty_successor(path)) as new:
-            new.begin_numbers_anew()
-            rows: dict[int, OpenJob] = {}
-            for seq, job in sorted(self.held.items()):
-                phase: Phase = "closed" if job in self.leftovers else job.row.phase
-                parent = rows[job.row.parent].seq if job.row.parent in rows else None
-                row = replace(job.row, phase=phase, account=job.account, parent=parent, seen_ns=boottime())
-                rows[seq] = new.reinstate(row)
-        aside = self._replace_ledger()
-        for seq, row in rows.items():
-            self.held[seq].row = row
-        self.held = {job.row.seq: job for job in self.held.values()}
-        return aside
-
-    def reopen_ledger(self) -> None:
-        """Open it again, where it was closed and its successor could not be opened then. Raises LedgerError."""
-        take_successor(self.ledger.path)
-        self.ledger = Ledger(self.ledger.path)
-
-    def _replace_ledger(self) -> Path:
-        """Put the new ledger, whole and closed, into the old one's place; where that is now."""
-        path = self.ledger.path
-        self.ledger.close()
-        try:
-            aside = move_aside(path)
-            take_successor(path)
-        except OSError as e:
-            raise LedgerError(f"ledger {path} cannot be replaced: {e.strerror}; see its directory") from e
-        self.ledger = Ledger(path)
-        return aside
-
-    def restore_ledger(self) -> Path | None:
-        """Write the ledger again that was taken away while it was open; where that is which lies in its place now."""
-        self.ledger.copy_to(empty_successor(self.ledger.path))
-        aside = self._replace_ledger()
-        return aside if aside.exists() else None
 
     def mend(self, jobs: Iterable[Job]) -> list[tuple[Job, str]]:
         """Mend the chains that other programs have damaged; the jobs, and what befell each. See mending.py."""

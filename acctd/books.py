@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from acctd import ledgers
 from acctd.agent import Agent
 from acctd.errors import LedgerError, NotPermittedError
 from acctd.job import Job, boottime
@@ -69,7 +70,7 @@ class Books:
             return act()
         except LedgerError as e:
             if self._agent.ledger.closed:
-                self._agent.reopen_ledger()
+                self._agent.ledger = ledgers.reopened(self._agent.ledger)
             elif e.corrupt:
                 self._begin_anew(e)
             else:
@@ -104,14 +105,16 @@ class Books:
         return [record for job, record in list(self.unsigned.values()) if self.sign_off(job, record)]
 
     def _begin_anew(self, error: LedgerError) -> None:
-        aside = self._agent.begin_ledger_anew()
+        agent = self._agent
+        agent.ledger, aside = ledgers.begun_anew(agent.ledger, agent.held, agent.leftovers)
+        agent.held = {job.row.seq: job for job in agent.held.values()}
         log.error("%s; it is now %s, and a new one is begun with the jobs that are open", error, aside)
         text = f"corrupt, moved aside to {aside}; open jobs are in a new one"
         self._agent.ledger.add_event(Event(0, time.time(), None, None, "ledger", text))
 
     def _write_again(self) -> None:
         """Somebody deleted, emptied or replaced the file: what SQLite still holds of it goes into a new one."""
-        aside = self._agent.restore_ledger()
+        self._agent.ledger, aside = ledgers.restored(self._agent.ledger)
         text = f"it was taken away, and written again{f'; what lay there is now {aside}' if aside else ''}"
         log.error("the ledger: %s", text)
         self._agent.ledger.add_event(Event(0, time.time(), None, None, "ledger", text))

@@ -6,7 +6,6 @@ is decided in methods.py.
 """
 
 import asyncio
-import time
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from acctd import family, tracking
 from acctd.agent import Agent
+from acctd.alarms import Alarms
 from acctd.books import Books
 from acctd.config import Config
 from acctd.cost import Cost
@@ -25,7 +25,6 @@ from acctd.news import News
 from acctd.recovery import recover, unaccounted
 from acctd.relays import Relays
 from acctd.rows import Rule, Terms
-from acctd.shortages import Shortages
 from acctd.vigil import Vigil
 from acctd.warden import Warden
 from collectors.nfs import NfsReader
@@ -51,13 +50,12 @@ class Daemon:
         self._tasks: dict[asyncio.Task[Any], Job | None] = {}
         self._relays = Relays(agent)
         self._ticking = False
-        self._shortages = Shortages(
+        self._shortages = Alarms(
             agent,
             tell=self.news.tell,
             trouble=self.news.trouble,
             end=lambda job: self._spawn(self._see_end(job), None),
         )
-        self._hearing: asyncio.TimerHandle | None = None
         agent.after_reading = self._shortages.check
 
     # Beginning and end
@@ -70,7 +68,7 @@ class Daemon:
         for path, said in unaccounted(self.agent):
             self.news.tell(None, "unaccounted", f"started without an agent: {said}")
             path.unlink()
-        asyncio.get_running_loop().add_reader(self._shortages.fileno(), self._hear)
+        self._shortages.start()
         self._take_over()
         self._warden.guard(self.jobs.values())
         self._warden.mend(self.jobs.values())
@@ -96,7 +94,6 @@ class Daemon:
         """Store all totals and let go; the jobs go on without us."""
         self._vigil.close()
         self._warden.close()
-        asyncio.get_running_loop().remove_reader(self._shortages.fileno())
         for task in self._tasks:
             task.cancel()
         self._relays.close_all()
@@ -417,16 +414,6 @@ class Daemon:
             if self.jobs.get(job.spec.id) is job and job.spec.id not in self._busy:
                 with self._telling(job):
                     self.agent.read_one(job)
-
-    def _hear(self) -> None:
-        """The memory of some job runs out, or it is time to listen again to one that said too much."""
-        if self._hearing is not None:
-            self._hearing.cancel()
-            self._hearing = None
-        self._shortages.hear()
-        if (due := self._shortages.due()) is not None:
-            loop = asyncio.get_running_loop()
-            self._hearing = loop.call_later(max(0.0, due - time.monotonic()), self._hear)
 
     async def _see_end(self, job: Job) -> None:
         """A job was ended for want of memory: all of it, whatever it takes."""

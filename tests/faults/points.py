@@ -128,9 +128,9 @@ CUT_OFF = [
 ]
 TOLD = [At(f"{LEDGER}.add_event")]
 
-REPLACING = [At("acctd.agent:move_aside"), At("pathlib:Path.rename"), At(f"{AGENT}._replace_ledger", ())]
-LOST = [At(f"{AGENT}.restore_ledger"), At(f"{LEDGER}.copy_to"), *REPLACING]
-CORRUPT = [At(f"{AGENT}.begin_ledger_anew"), At(f"{LEDGER}.reinstate"), *REPLACING]
+REPLACING = [At("acctd.ledgers:move_aside"), At("pathlib:Path.rename"), At("acctd.ledgers:replaced", ())]
+LOST = [At("acctd.ledgers:restored"), At(f"{LEDGER}.copy_to"), *REPLACING]
+CORRUPT = [At("acctd.ledgers:begun_anew"), At(f"{LEDGER}.reinstate"), *REPLACING]
 CLAIM = [At("acctd.recovery:sweep_sentinels"), At("acctd.recovery:_reinstate"), At(f"{LEDGER}.claim")]
 ADOPT = [
     *CLAIM,
