@@ -89,7 +89,7 @@ class Job:
 
     @property
     def apart(self) -> tuple[str, ...]:
-        """The metrics whose counts its parent has not in its own: a chain's, NFS, and v1's block I/O, see readers.py."""
+        """The metrics whose counts its parent has not in its own: a chain's, NFS and v1's block I/O; see readers.py."""
         blkio = self.cgroups.layout.of("blkio")
         return NETWORK_NAMES + NFS_NAMES + (BLOCK_NAMES if blkio is not None and blkio.version == 1 else ())
 

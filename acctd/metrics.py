@@ -117,5 +117,15 @@ NETWORK_BYTES = Metric(
 )
 NETWORK_PACKETS = Metric("network_packets", "packets", "counter", "packets (a GSO super-packet is one), by rule")
 
+# NFS, labelled by mount point as the job sees it. Kernel: fs/nfs/super.c nfs_show_stats(), net/sunrpc/stats.c.
+NFS_READ_BYTES = Metric("nfs_read", "bytes", "counter", "bytes read from an NFS server")
+NFS_WRITE_BYTES = Metric("nfs_write", "bytes", "counter", "bytes written to an NFS server")
+NFS_READS = Metric("nfs_reads", "operations", "counter", "READ requests to an NFS server")
+NFS_WRITES = Metric("nfs_writes", "operations", "counter", "WRITE requests to an NFS server")
+NFS_OPERATIONS = Metric("nfs_operations", "operations", "counter", "all requests to an NFS server about files")
+NFS_TIME = Metric("nfs_time", "ms", "counter", "sum over these requests of the time from making one to its end")
+NFS_SERVER_TIME = Metric("nfs_server_time", "ms", "counter", "what of nfs_time passed from sending to the reply")
+NFS = (NFS_READ_BYTES, NFS_WRITE_BYTES, NFS_READS, NFS_WRITES, NFS_OPERATIONS, NFS_TIME, NFS_SERVER_TIME)
+
 CATALOGUE: tuple[Metric, ...] = tuple(value for value in globals().values() if isinstance(value, Metric))
 BY_NAME: dict[str, Metric] = {metric.name: metric for metric in CATALOGUE}

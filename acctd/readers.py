@@ -3,17 +3,20 @@
 Floor 4. Opens and closes; meters nothing.
 """
 
-from acctd.job import Job, cgroup_name
+from collections.abc import Iterator
+
+from acctd.job import Job, boottime, cgroup_name
 from acctd.kernel import procs
-from acctd.metrics import CPU_SYSTEM, CPU_USER
+from acctd.metrics import CPU_SYSTEM, CPU_USER, NFS
 from collectors.blkio import BlkioReader, OwnBlkioReader
 from collectors.cpu import CpuReader
 from collectors.memory import MemoryReader
+from collectors.nfs import NfsHost, NfsReader
 from collectors.pids import PidsReader
 from collectors.pressure import PressureReader
 
 
-def open_for(job: Job) -> None:
+def open_for(job: Job, nfs: NfsHost) -> None:
     """Open what the job is read from."""
     directory = job.cgroups.directory
     if memory := directory("memory"):
@@ -32,3 +35,24 @@ def open_for(job: Job) -> None:
         job.readers.append(PidsReader(pids))
     if unified:
         job.readers.append(PressureReader(unified))
+    job.readers.append(
+        NfsReader(
+            nfs,
+            job=job.spec.id,
+            parent=job.spec.parent,
+            pids=lambda: _own_processes(job),
+            age=lambda: (boottime() - job.row.boot_ns) / 1e9,
+            note=job.note,
+            last=job.meter.last(NFS),
+        )
+    )
+
+
+def _own_processes(job: Job) -> Iterator[int]:
+    """Its pids less those of families inside it, as one hierarchy tells them."""
+    hierarchy = job.cgroups.layout.of("pids") or job.cgroups.layout.hierarchies[0]
+    waiting = [hierarchy.job(job.cgroups.base, job.cgroups.name)]
+    while waiting:
+        cgroup = waiting.pop()
+        yield from cgroup.procs()
+        waiting += [child for child in cgroup.children() if not child.parts[-1].startswith(cgroup_name(""))]

@@ -95,7 +95,7 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
         agent.clear_up()
         return None
     if row.boot_id == agent.boot_id:
-        readers.open_for(job)
+        readers.open_for(job, agent.nfs)
     agent.held[row.seq] = job
     if stays and adopt is not None:
         adopt(job)
@@ -179,7 +179,7 @@ def _ran(agent: Agent, job: Job) -> bool:
     """Whether anybody ever entered: not even to end costs a process no CPU time. True for one of an earlier boot."""
     if job.row.boot_id != agent.boot_id or job.cgroups.living():
         return True
-    readers.open_for(job)
+    readers.open_for(job, agent.nfs)
     try:
         agent.take(job)
     finally:
