@@ -34,8 +34,22 @@ LAYOUTS = {
     # Some controllers on v2, the rest on v1: the kernel allows any division.
     "divided": f"{_V1}; for set in cpu,cpuacct cpuset freezer; do mkdir $set && mount -t cgroup -o $set cgroup $set; "
     "done; mkdir unified; mount -t cgroup2 cgroup2 unified",
+    # v2 too, on another machine.
+    "numa": "mount -t cgroup2 cgroup2 /sys/fs/cgroup",
 }
 """How a guest mounts its cgroups before the command starts."""
+
+_TWO_CPUS = ("-m", "1G", "-smp", "2")
+_MACHINES = {
+    # Two sockets of two cores, each with half of the memory.
+    "numa": (
+        "-m", "1G", "-smp", "4,sockets=2,cores=2,threads=1",
+        "-object", "memory-backend-ram,id=m0,size=512M", "-numa", "node,nodeid=0,cpus=0-1,memdev=m0",
+        "-object", "memory-backend-ram,id=m1,size=512M", "-numa", "node,nodeid=1,cpus=2-3,memdev=m1",
+    ),
+}  # fmt: skip
+"""What a guest has for CPUs and memory, where that is not two CPUs."""
+
 SYSTEMD = "systemd"
 """The layout of a guest whose first process is systemd, which mounts cgroups by itself (v2) and runs the command as a
 service."""
@@ -117,7 +131,8 @@ def run(layout: str, command: Sequence[str], results: Path, *, disk_mib: int = 6
         # Dies with whoever started it: an interrupted test run leaves no machine behind.
         "setpriv", "--pdeathsig", "KILL", "--",
         # One emulating thread for both CPUs: with one each, atomic instructions cost so much that all takes longer.
-        "qemu-system-x86_64", "-accel", "tcg,thread=single,tb-size=512", "-cpu", "Nehalem", "-m", "1G", "-smp", "2",
+        "qemu-system-x86_64", "-accel", "tcg,thread=single,tb-size=512", "-cpu", "Nehalem",
+        *_MACHINES.get(layout, _TWO_CPUS),
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-nic", "none",
         "-serial", f"file:{results}/console",
         "-kernel", str(kernel.image), "-initrd", str(kernel.initramfs),

@@ -13,6 +13,7 @@ LANES: dict[str, tuple[str, ...]] = {
     "joined": ("inside_any.py", "inside_nat.py"),
     "single": ("inside_any.py",),
     "divided": ("inside_any.py",),
+    "numa": ("inside_cpus.py",),
     "systemd": ("inside_systemd.py", "inside_rebooted.py"),
 }
 
