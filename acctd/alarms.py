@@ -1,8 +1,15 @@
-"""Shortages of memory, heard on the living agent's event loop. What is done about them is shortages.py's."""
+"""Shortages of memory, heard on the living agent's event loop; and on v1 families pushed back to their soft limits.
+
+What is done about a shortage is shortages.py's.
+"""
 
 import asyncio
 import time
 
+from acctd import family
+from acctd.cgroup.pushback import push_back
+from acctd.errands import Errands
+from acctd.job import Job
 from acctd.shortages import Shortages
 
 
@@ -13,6 +20,7 @@ class Alarms(Shortages):
 
     def start(self) -> None:
         """Hear from now on. Call it inside the running event loop."""
+        self._errands = Errands(self._trouble)
         asyncio.get_running_loop().add_reader(self.fileno(), self._listen)
 
     def close(self) -> None:
@@ -20,7 +28,22 @@ class Alarms(Shortages):
         if self._again is not None:
             self._again.cancel()
         asyncio.get_running_loop().remove_reader(self.fileno())
+        self._errands.close()
         super().close()
+
+    def under_pressure(self, job: Job) -> None:
+        """Push those families back that are over their soft limits, before the job reaches its own limit (v1)."""
+        held = {each.spec.id: each for each in self._agent.held.values()}
+        for inner in family.below(held, job):
+            if (soft := inner.spec.limits.soft) is not None:
+                self._errands.begin(self._push_back(inner, soft), inner)
+
+    async def _push_back(self, job: Job, soft: int) -> None:
+        if (directory := job.cgroups.directory("memory")) is None:
+            return
+        freed = await asyncio.to_thread(push_back, directory, soft)  # beside the loop: swapping takes its time
+        if freed:
+            self._tell(job, "memory", f"pushed back by {freed} bytes towards its soft limit of {soft} bytes")
 
     def _listen(self) -> None:
         """Something is to be heard; or it is time to listen again to a job that said too much."""

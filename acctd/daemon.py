@@ -6,17 +6,18 @@ is decided in methods.py.
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from acctd import family, tracking
 from acctd.agent import Agent
 from acctd.alarms import Alarms
 from acctd.books import Books
+from acctd.cgroup.change import change
 from acctd.config import Config
 from acctd.cost import Cost
+from acctd.errands import Errands
 from acctd.errors import AcctdError, InUseError, NotFoundError, UsageError
 from acctd.job import Ending, Job, boottime, lingering
 from acctd.kernel import mountinfo, procs
@@ -47,14 +48,14 @@ class Daemon:
         self._vigil = Vigil()
         self._roots = mountinfo.cgroup_roots()
         self._warden = Warden(agent, self.books, self.news, self.jobs)
-        self._tasks: dict[asyncio.Task[Any], Job | None] = {}
+        self._errands = Errands(self.news.trouble)
         self._relays = Relays(agent)
         self._ticking = False
         self._shortages = Alarms(
             agent,
             tell=self.news.tell,
             trouble=self.news.trouble,
-            end=lambda job: self._spawn(self._see_end(job), None),
+            end=lambda job: self._errands.begin(self._see_end(job)),
         )
         agent.after_reading = self._shortages.check
 
@@ -94,8 +95,7 @@ class Daemon:
         """Store all totals and let go; the jobs go on without us."""
         self._vigil.close()
         self._warden.close()
-        for task in self._tasks:
-            task.cancel()
+        self._errands.close()
         self._relays.close_all()
         for job in self.jobs.values():
             with self._telling(job):
@@ -220,12 +220,18 @@ class Daemon:
             self.agent.take(job, NfsReader)
             self.news.tell(job, "began", f"pid {pid}")
 
-    def set_limits(self, job: Job, limits: Limits, *, reclaim: bool) -> None:
+    async def set_limits(self, job: Job, limits: Limits, *, reclaim: bool) -> None:
         """Change what a job may use. Raises as Agent.set_limits does; nothing has changed then."""
         try:
-            self.agent.set_limits(job, limits, reclaim=reclaim)
+            if reclaim:
+                # Beside the loop: swapping takes its time.
+                await asyncio.to_thread(change, job.cgroups, job.spec.limits, limits, reclaim=True)
+            if not self._is_idle(job):
+                raise UsageError(f"job {job.spec.id!r} is being finished; its limits are not changed any more")
+            self.agent.set_limits(job, limits, reclaim=False)
         finally:
-            self._shortages.listen(job)  # its policy has files of its own beside the limit's
+            if self.jobs.get(job.spec.id) is job:
+                self._shortages.listen(job)  # its policy has files of its own beside the limit's
         self.news.tell(job, "limits", f"changed: {limits.told()}")
 
     def track(self, job: Job, rule: Rule) -> set[int]:
@@ -344,8 +350,7 @@ class Daemon:
         self._vigil.forget(job.spec.id)
         self._relays.close(job.spec.id)
         self._shortages.forget(job)
-        for task in [task for task, of in self._tasks.items() if of is job]:
-            task.cancel()
+        self._errands.drop(job)
 
     def _record_of(self, job: Job) -> Record:
         """What somebody else has finished meanwhile; its id may have been given again, or it was undone."""
@@ -367,9 +372,9 @@ class Daemon:
         terms = job.row.terms
         self._watch_member(job)
         if terms.watcher is not None:
-            self._vigil.watch(job.spec.id, terms.watcher, lambda: self._spawn(self._watcher_ended(job), None))
+            self._vigil.watch(job.spec.id, terms.watcher, lambda: self._errands.begin(self._watcher_ended(job)))
         if terms.interval is not None:
-            self._spawn(self._read_often(job, terms.interval), job)
+            self._errands.begin(self._read_often(job, terms.interval), job)
 
     def _watch_member(self, job: Job) -> None:
         """Wait for one of its processes; when that ends, for another one, until there is none."""
@@ -419,17 +424,6 @@ class Daemon:
         """A job was ended for want of memory: all of it, whatever it takes."""
         if survivors := await self.kill(job):
             self.news.trouble(job, f"SIGKILL does not end all of it: {lingering(survivors)}")
-
-    def _spawn(self, work: Coroutine[Any, Any, None], job: Job | None) -> None:
-        """Work beside the ticks; that of a job ends with it."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks[task] = job
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.pop(task, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.news.trouble(None, error)
 
     # Ticks
 

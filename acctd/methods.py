@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from acctd import accounts, family, views, wishes
+from acctd import accounts, enclosure, family, views, wishes
 from acctd.caller import Caller
 from acctd.config import with_default_classes
 from acctd.daemon import Daemon
@@ -201,7 +201,7 @@ class Methods:
         if caller.uid != 0 and job.row.parent is None:
             raise NotPermittedError(f"the limits of job {job.spec.id!r} are root's to change; yours are its families'")
         new = wishes.limits(job.spec.limits, wanted.limits)
-        self._daemon.set_limits(job, new, reclaim=wanted.reclaim)
+        await self._daemon.set_limits(job, new, reclaim=wanted.reclaim)
         return {"limits": msgspec.to_builtins(new)}
 
     async def _unregister(self, caller: Caller, wanted: _OfJob) -> Answer:
@@ -225,6 +225,7 @@ class Methods:
             "gid": owner.gid,
             "groups": account.groups,
             "environment": account.environment,
+            "isolation": enclosure.plan(job.spec.isolation, job.row.place.scratch, self._daemon.agent.config.isolation),
         }
 
     async def _move_pipe(self, caller: Caller, wanted: _OfJob) -> Answer:

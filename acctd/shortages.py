@@ -43,6 +43,7 @@ class _Watched:
     seen: Troubles  # as of the last look
     out: Ear | None = None  # its memory ran out
     usage: Ear | None = None  # v1: a threshold was crossed
+    links: int = 0  # of its directory on v1, as of the last look: other ones when a cgroup was made inside
     warned: int = 0  # the highest threshold that was told, percent
     handled: bool = False  # something is being done about it
     last: float = 0.0  # monotonic, of the last shortage
@@ -91,9 +92,9 @@ class Shortages:
         self._watched[job.row.seq] = watched
         if self._was_released(job):
             watched.last = time.monotonic()
+        self._arm(watched)
         if watched.limit is None:
             return
-        self._arm(watched)
         watched.out = memevents.out_of_memory(directory)
         if watched.out is not None:
             self._add(watched.out.fileno(), watched.out.events, lambda: self._ran_out(watched))
@@ -199,8 +200,12 @@ class Shortages:
         try:
             if watched.usage is not None and watched.usage.clear() and watched.memory.directory.exists():
                 self._warn(watched, watched.memory.held())
+                self.under_pressure(watched.job)
         except (AcctdError, OSError) as e:
             self._trouble(watched.job, e)
+
+    def under_pressure(self, job: Job) -> None:
+        """v1: a job comes close to its limit. With families inside, somebody may be pushed back: see alarms.py."""
 
     def _warn(self, watched: _Watched, held: int) -> None:
         """Tell of the highest threshold that is crossed, once, until the job is well below it again."""
@@ -225,10 +230,23 @@ class Shortages:
                 # The starter may be quicker than we are: what was said is heard before the account is closed.
                 self._ran_out(watched)
             self._count_kills(watched)
+        if watched.memory.v1 and job.spec.oom.action != "kernel":
+            self._let_inner_go(watched)
         if watched.handled and watched.asking is None and not watched.memory.troubles().waiting:
             watched.handled = False
             if watched.memory.v1 and watched.limit is not None and job.spec.oom.action != "kernel":
                 self._arm(watched)  # it may have been let loose
+
+    def _let_inner_go(self, watched: _Watched) -> None:
+        """v1: what the job makes inside its cgroup inherits that tasks wait, and nobody would hear of a limit there."""
+        directory = watched.memory.directory
+        if (links := directory.links()) == watched.links:
+            return
+        watched.links = links
+        for child in directory.children():
+            if not child.marked():
+                for inner in child.subtree():
+                    inner.write("memory.oom_control", "0")
 
     def _look_back(self, job: Job) -> None:
         """What befell a job while no agent lived, as far as its counters tell: whether it ever was at its own limit."""
@@ -332,6 +350,8 @@ class Shortages:
         """Make the kernel wait for us, if the policy needs that; never without a guardian."""
         job, limit = watched.job, watched.limit
         if limit is None or job.spec.oom.action == "kernel":
+            if watched.memory.v1:
+                watched.memory.directory.write("memory.oom_control", "0")  # a family inherits 1 from its parent
             return
         if watched.memory.v1:
             self.guard.watch(job.spec.id, watched.memory.directory.path, job.spec.oom.deadline)
