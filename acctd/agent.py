@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from acctd import ledgers, mending, readers
+from acctd import ledgers, mending, readers, scratch
 from acctd.cgroup import cpus
 from acctd.cgroup.change import change
 from acctd.cgroup.driver import arm_block_counters
@@ -47,6 +47,9 @@ class Agent:
             private.make(directory)
         self.trouble: list[str] = []
         """What could not be cleaned up so far, one sentence each."""
+        self.trash = scratch.Trash(self.trouble.append, wait=not lasting)
+        if lasting:
+            self.trash.empty(config.isolation.scratch_dir)
         self.ledger = ledgers.opened(config.state_dir / FILE, self.trouble, lasting=lasting)
         self.layout: Layout = discover(config.cgroup.controllers)
         self.pools = Pools(config.network.pool4, config.network.pool6 if host.has_ipv6() else None)
@@ -102,6 +105,8 @@ class Agent:
             place = replace(place, backend=chains.name, pool4=str(self.pools.v4), pool6=str(self.pools.v6 or ""))
         layout = parent.cgroups.layout if parent else self.layout
         cores = cpus.chooser(spec.limits.linear, layout, base) if spec.limits.linear else None
+        if spec.isolation.scratch:
+            place = replace(place, scratch=scratch.choose(self.config.isolation.scratch_dir, spec.id))
         row = self.ledger.open_job(
             spec,
             place,
@@ -119,6 +124,8 @@ class Agent:
             job.cgroups.create(spec.limits, row.place.cpus, row.place.mems)
             # All that the ledger knows, for the day when there is no ledger.
             job.cgroups.describe(encode_row(row))
+            if place.scratch:
+                scratch.make(place.scratch, spec.owner, len(spec.isolation.scratch))
         except InUseError:
             # Somebody else's: abandon() would take it from them.
             self.ledger.forget(row.seq)
@@ -394,6 +401,8 @@ class Agent:
         # Nobody is kept waiting for what SIGKILL has not ended.
         if not job.cgroups.remove(patience if not job.cgroups.living() else 0.0):
             raise KernelRefusedError(f"its cgroups are still busy: {lingering(job.cgroups.living())}")
+        if job.row.place.scratch:
+            self.trash.take(job.row.place.scratch)
         self.ledger.forget(job.row.seq)
         self.held.pop(job.row.seq, None)
 

@@ -28,15 +28,24 @@ class CommandError(AcctdError):
 
 
 def start(
-    job: Job, command: Sequence[str], *, groups: Sequence[int], environ: Mapping[str, str], blocked: set[signal.Signals]
+    job: Job,
+    command: Sequence[str],
+    *,
+    groups: Sequence[int],
+    environ: Mapping[str, str],
+    blocked: set[signal.Signals],
+    isolation: Mapping[str, object] | None = None,
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """Start the command inside the job; gives it and when it began (CLOCK_BOOTTIME, ns).
+    """Start the command inside the job; gives what to wait for and when it began (CLOCK_BOOTTIME, ns).
 
-    On return it runs. `blocked` is the signal mask it is to have.
+    On return it runs. `blocked` is the signal mask it is to have; `isolation` is the plan of enclosure.py, and must be
+    given where the job asks for any.
 
     Raises CommandError where the command is missing or cannot be executed, KernelRefusedError where joining failed;
     the helper is gone then.
     """
+    if job.spec.isolation and isolation is None:
+        raise AcctdError(f"job {job.spec.id} asks for isolation, and nobody says how to isolate it")
     with job.cgroups.joining() as doors, ExitStack() as opened:
         try:
             (plan_read, plan_write), (status_read, status_write) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
@@ -53,6 +62,7 @@ def start(
             "groups": list(groups),
             "blocked": [int(number) for number in blocked],
             "status": status_write,
+            "isolation": isolation,
         }
         passed = [plan_read, status_write, *doors] + ([job.namespace] if job.namespace is not None else [])
         try:

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import click
 import msgspec
 
-from acctd import accounts, launch, wishes
+from acctd import accounts, enclosure, launch, wishes
 from acctd import config as configuration
 from acctd.agent import Agent
 from acctd.cli.output import Output, say
@@ -148,8 +148,11 @@ def _account(
                 f"the resolver {server} does not answer inside the job: {why}" for server, why in relay.skipped
             ]
             shortages.listen(job)
+            plan = enclosure.plan(spec.isolation, job.row.place.scratch, agent.config.isolation)
             agent.begin(job)
-            process, at = launch.start(job, arguments, groups=groups, environ=environ, blocked=signals.before)
+            process, at = launch.start(
+                job, arguments, groups=groups, environ=environ, blocked=signals.before, isolation=plan
+            )
             started = True
             agent.begin(job, at)
             live = LiveLine(job) if not quiet else None

@@ -24,7 +24,7 @@ def launch(command, plan=None, pass_fds=(), **options):
     status_read, status_write = os.pipe()
     whole = {
         "netns": None, "join": [], "uid": os.getuid(), "gid": os.getgid(), "groups": os.getgroups(), "blocked": [],
-        "status": status_write,
+        "status": status_write, "isolation": None,
     } | (plan or {})  # fmt: skip
     os.set_inheritable(status_write, False)
     os.write(plan_write, json.dumps(whole).encode())
