@@ -24,6 +24,7 @@ from acctd.metrics import (
     camel,
 )
 from acctd.model import INT64_MAX, Limits, Record
+from acctd.wording import sentence
 
 ClassAdValue = str | int | float | bool
 
@@ -31,6 +32,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PER_RULE = (NETWORK_BYTES, NETWORK_PACKETS)
 _SIGKILL = 9
+_BY_AGENT, _BY_KERNEL, _RELEASED = ("killed", "held"), "killed by the kernel", "released"  # of policies.Shortage
 
 _NEWLINE = 'formatTime(0,"%n")'
 """The only way to a newline: long form has one escape, \\", and a raw newline ends the ad for its reader."""
@@ -78,7 +80,10 @@ def record_ad(record: Record) -> dict[str, ClassAdValue]:
     _put_totals(ad, record)
     ad.put("AcctdNetworkMode", record.network)
     for limit in fields(Limits):
-        ad.put(f"AcctdLimit{camel(limit.name)}", getattr(record.limits, limit.name))
+        value = getattr(record.limits, limit.name)
+        ad.put(f"AcctdLimit{camel(limit.name)}", value if value != limit.default else None)
+    ad.put("AcctdCpus", record.cpus or None)
+    _put_shortages(ad, record)
     _put_hold(ad, record)
     if record.notes:
         ad.put("AcctdNotes", " ".join(record.notes))
@@ -143,19 +148,57 @@ def _put_totals(ad: _Ad, record: Record) -> None:
             ad.put(name, sum(count for rule, count in rules.items() if rule.startswith(way)) / 10**6)
 
 
-def _put_hold(ad: _Ad, record: Record) -> None:
-    """HTCondor's hold for an exceeded memory limit.
-
-    Its rule: the kernel killed something *and* the job itself died of SIGKILL; no pilot is blamed for its payload.
-    """
-    if not _sole(record, MEMORY_OOM_KILLS) or record.exit_signal != _SIGKILL:
+def _put_shortages(ad: _Ad, record: Record) -> None:
+    """The newest time that memory ran out, whoever's it was, and how many there were."""
+    if not record.shortages:
         return
+    last = record.shortages[-1]
+    ad.put("AcctdOomCount", len(record.shortages) + record.shortages_dropped)
+    ad.put("AcctdOomTime", _epoch(last.time))
+    ad.put("AcctdOomLevel", last.level)
+    ad.put("AcctdOomWhose", last.whose)
+    ad.put("AcctdOomAction", last.action)
+    ad.put("AcctdOomLimit", last.limit)
+    ad.put("AcctdOomUsage", last.usage)
+    ad.put("AcctdOomKills", last.kills)
+    for kind, size in (last.memory or {}).items():
+        ad.put(f"AcctdOomMemory{camel(kind)}", size)
+    if last.processes:
+        largest = (f"{process.pid} {process.name} {process.resident}" for process in last.processes)
+        ad.put("AcctdOomLargest", ", ".join(largest))
+    ad.put("AcctdOomText", last.text or None)
+
+
+def _put_hold(ad: _Ad, record: Record) -> None:
+    """HTCondor's hold for an exceeded memory limit: 34, and 102 for one that its cgroup told of.
+
+    Its rule: the job itself was ended for it, not only a process of it: no pilot is blamed for its payload. Nor is a
+    job for another's limit or for a node without memory.
+    """
+    reason = _hold_reason(record)
+    if reason is not None:
+        ad.put("HoldReasonCode", 34)
+        ad.put("HoldReasonSubCode", 102)
+        ad.put("HoldReason", reason)
+
+
+def _hold_reason(record: Record) -> str | None:
+    if record.exit_code is not None:
+        return None
+    by_kill, kills = record.exit_signal == _SIGKILL, _sole(record, MEMORY_OOM_KILLS)
+    if record.shortages:
+        last = record.shortages[-1]
+        by_kernel = by_kill and (last.action == _BY_KERNEL or (last.action == _RELEASED and bool(last.kills or kills)))
+        if last.level != "job" or not (last.action in _BY_AGENT or by_kernel):
+            return None
+        return last.text or sentence(record.id, last)
+    if not by_kill or not kills:
+        return None
+    # Nobody was there to see it: the kernel's count is all there is.
     limit, resident = record.limits.memory, _sole(record, MEMORY_RESIDENT_PEAK)
     over = "the memory its cgroup may use" if limit is None else f"its memory limit of {limit // 2**20} MB"
     used = "" if resident is None else f" (highest use seen: {_memory_usage(resident)} MB)"
-    ad.put("HoldReasonCode", 34)
-    ad.put("HoldReasonSubCode", 102)
-    ad.put("HoldReason", f"The kernel killed the job for going over {over}{used}; submit it again with more memory.")
+    return f"The kernel killed the job for going over {over}{used}; submit it again with more memory."
 
 
 def _scaled(metric: Metric, total: int) -> int | float:

@@ -9,7 +9,7 @@ from acctd import client, ledger
 from acctd import config as configuration
 from acctd.cli.asking import agent_options, complete_job, connect
 from acctd.cli.output import emit
-from acctd.cli.summary import living, summary
+from acctd.cli.summary import living, shortages, summary
 from acctd.errors import NotFoundError, NotPermittedError, UnavailableError
 from acctd.ledger import Ledger
 from acctd.model import Record
@@ -65,4 +65,6 @@ def _show_record(record: Record, form: str | None) -> None:
     elif form == "classad":
         emit(format_ad(record_ad(record)).removesuffix("\n"))
     else:
-        emit(summary(record))
+        emit(
+            "\n".join(part for part in (summary(record), shortages(record.shortages, record.shortages_dropped)) if part)
+        )

@@ -4,12 +4,18 @@ A few lines, sizes in binary units beside exact bytes where money depends on the
 """
 
 import signal
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 
-from acctd.cli.table import clean
+from acctd.cli.table import Column, clean, plain
 from acctd.client import Job
 from acctd.meter import State
 from acctd.model import Record
+from acctd.policies import Shortage
+
+_WHOSE = {"job": "the job's own limit", "family": "a family inside it", "parent": "a job around it", "host": "the node"}
+
+_PROCESSES = (Column("PID"), Column("RESIDENT"), Column("STARTED"), Column("NAME", right=False))
 
 
 def size(number: int) -> str:
@@ -46,9 +52,29 @@ def signal_name(number: int) -> str:
 
 
 def summary(record: Record) -> str:
-    """The whole record in at most a dozen lines; a kind of number the host does not count is left out."""
+    """The whole record in some dozen lines; a kind of number the host does not count is left out."""
     first = f"job {record.id} of {record.owner}: {ending(record)}"
-    return "\n".join([first, *_account(record.wall_ns, record.totals), *_notes(record.notes)])
+    lines = [first, *_account(record.wall_ns, record.totals)]
+    if record.cpus:
+        lines.append(_line("cores", [record.cpus]))
+    if record.shortages:
+        number = len(record.shortages) + record.shortages_dropped
+        times = "" if number == 1 else f" {number} times, the last time"
+        lines.append(_line("memory", [f"out of memory{times}: {clean(record.shortages[-1].text)}"]))
+    return "\n".join([*lines, *_notes(record.notes)])
+
+
+def shortages(kept: Sequence[Shortage], dropped: int = 0) -> str:
+    """Each time that memory ran out, the oldest first: whose, what was done, and the evidence. "" for none.
+
+    `dropped` others happened after the first one and are not kept.
+    """
+    lines = []
+    for number, shortage in enumerate(kept, 1):
+        if number == 2 and dropped:
+            lines.append(f"({dropped} more in between, which are not kept)")
+        lines += _shortage(shortage)
+    return "\n".join(lines)
 
 
 def living(job: Job) -> str:
@@ -62,6 +88,30 @@ def living(job: Job) -> str:
     if (now := _one(job.totals, "memory_resident")) is not None:
         lines.append(_line("resident", [f"{size(now)} now"]))
     return "\n".join([*lines, *_account(job.wall_ns, job.totals), *_notes(job.notes)])
+
+
+def _shortage(shortage: Shortage) -> list[str]:
+    lines = [f"out of memory at {_stamp(shortage.time)}: {_WHOSE[shortage.level]}, {clean(shortage.action)}"]
+    lines.append(_line("what", [clean(shortage.text)] if shortage.text else []))
+    of = "" if shortage.whose is None else f" of job {shortage.whose}"
+    limit = [] if shortage.limit is None else [f"{size(shortage.limit)}{of}"]
+    if shortage.usage is not None:
+        limit.append(f"{size(shortage.usage)} in use")
+    lines.append(_line("limit", limit))
+    if shortage.memory:
+        kinds = [f"{clean(kind)} {size(number)}" for kind, number in shortage.memory.items() if number]
+        lines.append(_line("memory", [", ".join(kinds)]))
+    if shortage.kills:
+        lines.append(_line("killed", [f"{shortage.kills} by the kernel"]))
+    rows = [
+        (str(process.pid), size(process.resident), _stamp(process.started), clean(process.name))
+        for process in shortage.processes
+    ]
+    return [line for line in lines if line] + ([f"  {line}" for line in plain(_PROCESSES, rows)] if rows else [])
+
+
+def _stamp(epoch: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(epoch))
 
 
 def _account(wall_ns: int, totals: State) -> list[str]:

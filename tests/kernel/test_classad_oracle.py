@@ -46,8 +46,45 @@ from acctd.job import Ending
 from acctd.model import JobSpec, Owner
 with Agent(config.load(None, os.environ)) as agent:
     job = agent.create(JobSpec(id="odd", owner=Owner(4294967294, 4294967294, sys.argv[1]), network="none"))
-    process, at = launch.start(job, ["true"], groups=[], environ=os.environ, blocked=set())
+    process, at = launch.start(job, ["true"], isolation=None, groups=[], environ=os.environ, blocked=set())
     agent.begin(job, at)
+    agent.finish(job, Ending.now(process.wait()))
+"""
+
+# Two processes with a name that holds all that a ClassAd minds. The newest shortage is the one that is told whole.
+_OUT_OF_MEMORY = r"""
+import os, sys, time
+from dataclasses import replace
+from acctd import config, launch
+from acctd.agent import Agent
+from acctd.cgroup import evidence
+from acctd.job import Ending
+from acctd.model import JobSpec, Limits, Owner
+from acctd.policies import Shortage
+from acctd.wording import sentence
+script = r'''
+import ctypes, os, time
+ctypes.CDLL(None).prctl(15, b'(a\n"b\\', 0, 0, 0)
+os.fork()
+time.sleep(1000)
+'''
+with Agent(config.load(None, os.environ)) as agent:
+    spec = JobSpec(id="short", owner=Owner(0, 0, "root"), network="none", limits=Limits(memory=64 << 20))
+    job = agent.create(spec)
+    command = [sys.executable, "-c", script]
+    process, at = launch.start(job, command, isolation=None, groups=[], environ=os.environ, blocked=set())
+    agent.begin(job, at)
+    deadline = time.monotonic() + 60
+    while [process.name[0] for process in evidence.largest(job.cgroups.procs(), budget=60).processes] != ["(", "("]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    found = evidence.largest(job.cgroups.procs(), budget=60)
+    for _ in range(20):
+        job.ran_out(Shortage(time.time(), "host", None, "killed by the kernel", None, None))
+    kinds = evidence.breakdown(job.cgroups.directory("memory"))
+    last = Shortage(time.time(), "job", "short", "killed", 64 << 20, 60 << 20, 0, kinds, found.processes)
+    job.ran_out(replace(last, text=sentence("short", last)))
+    assert job.cgroups.kill() == set()
     agent.finish(job, Ending.now(process.wait()))
 """
 
@@ -95,9 +132,28 @@ def expected(record: dict[str, Any]) -> dict[str, Any]:
         for name, way in (("NetworkInputMb", "Incoming"), ("NetworkOutputMb", "Outgoing")):
             ad[name] = sum(value for rule, value in totals["network"].items() if rule.startswith(way)) / 10**6
     for name, limit in record["limits"].items():
-        if limit is not None:
+        if limit is not None and (name, limit) != ("memory_policy", "custom"):
             ad["AcctdLimit" + "".join(word.capitalize() for word in name.split("_"))] = limit
+    if record["cpus"]:
+        ad["AcctdCpus"] = record["cpus"]
+    if record["shortages"]:
+        ad |= out_of_memory(record)
     return ad | {f"AcctdTag{key}": value for key, value in record["tags"].items()}
+
+
+def out_of_memory(record: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of the newest shortage."""
+    last = record["shortages"][-1]
+    ad = {
+        "AcctdOomCount": len(record["shortages"]) + record["shortages_dropped"],
+        "AcctdOomTime": int(last["time"]),
+        "AcctdOomLargest": ", ".join(f"{p['pid']} {p['name']} {p['resident']}" for p in last["processes"]),
+    }
+    for name in ("level", "whose", "action", "limit", "usage", "kills", "text"):
+        ad[f"AcctdOom{name.capitalize()}"] = last[name]
+    for kind, size in last["memory"].items():
+        ad["AcctdOomMemory" + "".join(word.capitalize() for word in kind.split("_"))] = size
+    return ad
 
 
 def test_every_value_of_a_real_job_reads_back(node: Node) -> None:
@@ -123,6 +179,25 @@ def test_an_odd_owner_reads_back(node: Node, owner: str) -> None:
     assert record["owner"] == read["Owner"] == owner
     assert record["uid"] == read["AcctdUid"] == 4294967294
     assert read == expected(record)
+
+
+def test_a_shortage_with_real_evidence_reads_back(node: Node) -> None:
+    done = node.python(_OUT_OF_MEMORY)
+    assert done.returncode == 0, done.stderr
+    read, record = both_forms(node, "short")
+    assert len(record["shortages"]) == 20
+    assert record["shortages_dropped"] == 1
+    last = record["shortages"][-1]
+    assert [process["name"] for process in last["processes"]] == ['(a\n"b\\'] * 2
+    assert last["memory"].keys() >= {"anon", "file", "swap"}
+    wanted = expected(record)
+    del wanted["ExitCode"]
+    hold = {"HoldReasonCode": 34, "HoldReasonSubCode": 102, "HoldReason": last["text"]}
+    assert read == wanted | hold | {"ExitBySignal": True, "ExitSignal": 9}
+    shown = node.acctd("show", "short").stdout
+    assert shown.count("out of memory at") == 20
+    assert "  memory    out of memory 21 times, the last time: Job short went over its memory limit of 64 MB" in shown
+    assert f"{last['processes'][0]['pid']}  " in shown
 
 
 def test_a_user_that_does_not_exist_is_refused(node: Node) -> None:

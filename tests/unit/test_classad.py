@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from acctd.errors import UsageError
 from acctd.metrics import CATALOGUE, NETWORK_BYTES, NETWORK_PACKETS
 from acctd.model import INT64_MAX, Limits, Record
+from acctd.policies import LargeProcess, Shortage
 from exporters.classad import format_ad, format_value, record_ad
 
 RECORD = Record(
@@ -43,6 +44,20 @@ RECORD = Record(
         "network_packets": {"OutgoingInternal": 1},
     },
 )
+
+SHORTAGE = Shortage(
+    time=1_700_000_003.9,
+    level="job",
+    whose="12.0",
+    action="held",
+    limit=2 << 30,
+    usage=(2 << 30) - 4096,
+    memory={"anon": 2_000_000_000, "kernel": 4096, "kernel_stack": 0},
+    processes=(LargeProcess(4711, "python3", 1_900_000_000, 1.5), LargeProcess(4712, 'a "b"\n', 5, 1.5)),
+    text="Job 12.0 went over its memory limit.",
+)
+
+ENDED = replace(RECORD, exit_code=None, exit_signal=9)
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
 NASTY = st.text(st.sampled_from('\\"\n\r\t %,()/*#a\x01\x7fé'), max_size=12)
@@ -147,6 +162,98 @@ def test_running_out_of_memory_holds_as_htcondor_does():
     # A pilot that outlives its payload is not to blame for it; SIGKILL alone may have come from anyone.
     assert "HoldReason" not in record_ad(replace(RECORD, totals=totals))
     assert "HoldReason" not in record_ad(replace(RECORD, exit_code=None, exit_signal=9))
+
+
+def held(record: Record) -> bool:
+    ad = record_ad(record)
+    assert ("HoldReasonCode" in ad) == ("HoldReasonSubCode" in ad) == ("HoldReason" in ad)
+    return "HoldReason" in ad
+
+
+def test_a_shortage_is_told_in_plain_attributes():
+    record = replace(ENDED, shortages=(replace(SHORTAGE, action="grown"), SHORTAGE), shortages_dropped=3)
+    ad = record_ad(record)
+    assert {name: value for name, value in ad.items() if "Oom" in name or "Hold" in name} == {
+        "AcctdOomCount": 5,
+        "AcctdOomTime": 1_700_000_003,
+        "AcctdOomLevel": "job",
+        "AcctdOomWhose": "12.0",
+        "AcctdOomAction": "held",
+        "AcctdOomLimit": 2 << 30,
+        "AcctdOomUsage": (2 << 30) - 4096,
+        "AcctdOomKills": 0,
+        "AcctdOomMemoryAnon": 2_000_000_000,
+        "AcctdOomMemoryKernel": 4096,
+        "AcctdOomMemoryKernelStack": 0,
+        "AcctdOomLargest": '4711 python3 1900000000, 4712 a "b"\n 5',
+        "AcctdOomText": "Job 12.0 went over its memory limit.",
+        "HoldReasonCode": 34,
+        "HoldReasonSubCode": 102,
+        "HoldReason": "Job 12.0 went over its memory limit.",
+    }
+    for parser in (classad2.Parser.Auto, classad2.Parser.Old):
+        assert same(parsed(format_ad(ad), parser), ad)
+
+
+def test_what_is_not_known_of_a_shortage_is_absent():
+    ad = record_ad(replace(RECORD, shortages=(Shortage(1.5, "host", None, "killed by the kernel", None, None),)))
+    assert {name for name in ad if "Oom" in name} == {
+        "AcctdOomCount", "AcctdOomTime", "AcctdOomLevel", "AcctdOomAction", "AcctdOomKills",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("level", "action", "kills", "signal", "code", "counted", "hold"),
+    [
+        ("job", "held", 0, 9, None, 0, True),
+        ("job", "killed", 0, 9, None, 0, True),
+        ("job", "killed", 0, None, None, 0, True),  # its exit status is lost
+        ("job", "killed by the kernel", 1, 9, None, 1, True),
+        ("job", "killed by the kernel", 0, 9, None, 0, True),  # the kernel does not count
+        ("job", "released", 0, 9, None, 1, True),
+        # It went on, or ended by itself: a process of it was killed, or nothing happened at all.
+        ("job", "grown", 0, 9, None, 0, False),
+        ("job", "killed by the kernel", 1, None, 0, 1, False),
+        ("job", "killed by the kernel", 1, 15, None, 1, False),
+        ("job", "held", 0, None, 137, 0, False),
+        ("job", "released", 0, 9, None, 0, False),
+        # Another's limit, or none.
+        ("family", "held", 0, 9, None, 1, False),
+        ("parent", "killed", 1, 9, None, 1, False),
+        ("host", "killed by the kernel", 1, 9, None, 1, False),
+    ],
+)
+def test_a_hold_is_for_who_went_over_its_own_limit_and_was_ended(level, action, kills, signal, code, counted, hold):
+    shortage = replace(SHORTAGE, level=level, action=action, kills=kills)
+    totals = RECORD.totals | {"memory_oom_kills": {"": counted}}
+    assert held(replace(RECORD, exit_signal=signal, exit_code=code, totals=totals, shortages=(shortage,))) == hold
+
+
+def test_the_newest_shortage_is_what_ended_the_job():
+    own, foreign = replace(SHORTAGE, action="killed by the kernel", kills=1), replace(SHORTAGE, level="host")
+    assert held(replace(ENDED, shortages=(foreign, own)))
+    assert not held(replace(ENDED, shortages=(own, foreign)))
+
+
+def test_a_shortage_without_words_gets_some():
+    ad = record_ad(replace(ENDED, shortages=(replace(SHORTAGE, text=""),)))
+    assert str(ad["HoldReason"]).startswith("Job 12.0 went over its memory limit of 2048 MB (in use 2048 MB")
+
+
+def test_a_policy_that_is_not_the_usual_one_and_own_cores_are_told():
+    ad = record_ad(replace(RECORD, limits=Limits(memory=2 << 30, memory_policy="soft"), cpus="2,5-7"))
+    assert (ad["AcctdLimitMemoryPolicy"], ad["AcctdCpus"]) == ("soft", "2,5-7")
+    assert not {"AcctdLimitMemoryPolicy", "AcctdCpus"} & set(record_ad(RECORD))
+
+
+@given(name=TEXT | NASTY, text=TEXT | NASTY, kind=st.text(max_size=8), size=st.integers(0, 2**64))
+@settings(deadline=None)
+def test_any_shortage_reads_back_the_same(name, text, kind, size):
+    processes = (LargeProcess(1, name, size, 0.0),)
+    shortage = replace(SHORTAGE, usage=size, memory={kind: size}, processes=processes, text=text)
+    ad = record_ad(replace(ENDED, shortages=(shortage,)))
+    assert same(parsed(format_ad(ad)), ad)
+    assert ad["HoldReasonCode"] == 34
 
 
 def test_an_integer_that_classad_would_read_as_0_is_left_out_by_name():

@@ -1,7 +1,24 @@
+import time
+from dataclasses import replace
+
 import pytest
 
-from acctd.cli.summary import ending, seconds, size, summary
+from acctd.cli.summary import ending, seconds, shortages, size, summary
 from acctd.model import Limits, Record
+from acctd.policies import LargeProcess, Shortage
+
+SHORTAGE = Shortage(
+    time=0.0,
+    level="family",
+    whose="r1.a",
+    action="killed by the kernel",
+    limit=32 << 20,
+    usage=(32 << 20) - 4096,
+    kills=2,
+    memory={"anon": 30 << 20, "shmem": 0, "kernel": 4096},
+    processes=(LargeProcess(4711, "py\x1b[31m", 30 << 20, 1.0), LargeProcess(8, "sh", 4096, 2.0)),
+    text="Job r1.a\x1b went over.",
+)
 
 
 def record(**changes):
@@ -81,3 +98,39 @@ def test_everything_has_its_line():
         "  note      First note.",
         "  note      Second note.",
     ]
+
+
+@pytest.fixture
+def utc(monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_a_shortage_is_a_line_of_the_summary_and_a_page_of_its_own(utc):
+    once = summary(record(shortages=(SHORTAGE,), cpus="2,5-7"))
+    assert once.splitlines()[-2:] == ["  cores     2,5-7", "  memory    out of memory: Job r1.a? went over."]
+    often = summary(record(shortages=(SHORTAGE, replace(SHORTAGE, text="Again.")), shortages_dropped=3))
+    assert often.splitlines()[-1] == "  memory    out of memory 5 times, the last time: Again."
+    assert shortages((SHORTAGE,)).splitlines() == [
+        "out of memory at 1970-01-01 00:00:00: a family inside it, killed by the kernel",
+        "  what      Job r1.a? went over.",
+        "  limit     32.0 MiB of job r1.a; 32.0 MiB in use",
+        "  memory    anon 30.0 MiB, kernel 4096 B",
+        "  killed    2 by the kernel",
+        "   PID  RESIDENT              STARTED  NAME",
+        "  4711  30.0 MiB  1970-01-01 00:00:01  py?[31m",
+        "     8    4096 B  1970-01-01 00:00:02  sh",
+    ]
+
+
+def test_what_is_not_known_of_a_shortage_has_no_line(utc):
+    bare = Shortage(0.0, "host", None, "killed", None, None)
+    assert shortages((bare, bare), 2).splitlines() == [
+        "out of memory at 1970-01-01 00:00:00: the node, killed",
+        "(2 more in between, which are not kept)",
+        "out of memory at 1970-01-01 00:00:00: the node, killed",
+    ]
+    assert shortages(()) == ""
