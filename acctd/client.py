@@ -14,6 +14,7 @@ import msgspec
 
 from acctd.errors import AcctdError, UnavailableError, UsageError
 from acctd.meter import State
+from acctd.policies import Shortage
 from acctd.varlink import ERRORS, INTERFACE
 
 _T = TypeVar("_T")
@@ -45,6 +46,7 @@ class Job(msgspec.Struct, frozen=True):
     limits: dict[str, float | str | None] = {}
     tags: dict[str, str] = {}
     notes: list[str] = []
+    shortages: tuple[Shortage, ...] = ()
     totals: State = {}  # empty for a job that the caller may only see
 
 

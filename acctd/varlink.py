@@ -50,6 +50,7 @@ type Oom (action: ?string, ceiling: ?int, step: ?int, deadline: ?float, threshol
 # How far the job is shut in; what the configuration asks of all jobs comes on top.
 type Isolation (pid_namespace: ?bool, scratch: ?[]string, chroot: ?string, no_new_privs: ?bool)
 
+# shortages: each time that its memory ran out.
 # A job's totals include those of the families below it. Of a job that the caller may only see, totals is empty.
 type Job (
   id: string,
@@ -64,6 +65,7 @@ type Job (
   limits: Limits,
   tags: [string]string,
   notes: []string,
+  shortages: []object,
   totals: [string][string]int
 )
 

@@ -23,6 +23,7 @@ def whole(jobs: Mapping[str, Job], job: Job) -> dict[str, Any]:
         "limits": msgspec.to_builtins(spec.limits),
         "tags": dict(spec.tags),
         "notes": list(job.notes),
+        "shortages": msgspec.to_builtins(job.shortages),
         "totals": family.totals(job, family.below(jobs, job)),
     }
 
@@ -43,6 +44,7 @@ def sketch(job: Job) -> dict[str, Any]:
         "limits": {},
         "tags": {},
         "notes": [],
+        "shortages": [],
         "totals": {},
     }
 

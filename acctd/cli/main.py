@@ -18,6 +18,7 @@ _COMMANDS = {
     "doctor": "Say what this host can do, and what to do about what it cannot.",
     "events": "List what happened, and follow what happens.",
     "kill": "End all processes of jobs.",
+    "limit": "Change the limits of a job.",
     "ls": "List open jobs and records.",
     "ps": "List the open jobs and what they have used so far.",
     "reload": "Have the agent read its configuration again.",

@@ -6,7 +6,7 @@ command did: its status, or 128+n after signal n.
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import click
 import msgspec
@@ -14,13 +14,14 @@ import msgspec
 from acctd import accounts, enclosure, launch, wishes
 from acctd import config as configuration
 from acctd.agent import Agent
+from acctd.cli.options import limit_options, limits_given
 from acctd.cli.output import Output, say
 from acctd.cli.summary import summary
 from acctd.cli.supervise import LiveLine, Signals, supervise
 from acctd.config import with_default_classes
 from acctd.errors import UsageError
 from acctd.job import Ending, Job
-from acctd.model import DestinationClass, JobSpec, Limits, NetworkMode, Owner, Record, parse_class, parse_size
+from acctd.model import DestinationClass, JobSpec, NetworkMode, Owner, Record, parse_class, parse_size
 from acctd.network import resolver
 from acctd.policies import OOM_ACTIONS, OomAction
 from acctd.recovery import recover
@@ -31,21 +32,7 @@ from exporters.classad import format_ad, record_ad
 @click.command("run", context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
 @click.option("--id", "job_id", metavar="ID", help="The job's id; a new one if not given.")
 @click.option("--user", metavar="USER", help="Run as this user (name or number); as the caller if not given.")
-@click.option("--memory", metavar="SIZE", help="Hard memory limit, like 2G.")
-@click.option("--memory-soft", metavar="SIZE", help="Soft memory limit: what the job keeps when the host runs short.")
-@click.option(
-    "--memory-policy",
-    type=click.Choice(["hard", "soft", "custom", "none"]),
-    help="What becomes of --memory: the hard limit, the soft one, both as given, or only a line in the record.",
-)
-@click.option("--swap", metavar="SIZE", help="Swap the job may use beside its memory.")
-@click.option("--cpus", metavar="N", type=float, help="CPU quota in cores, like 1.5.")
-@click.option(
-    "--cpu-shares", metavar="N", type=int, help="Share of the CPUs under contention; 1024 is one ordinary job."
-)
-@click.option("--cpu-burst", metavar="S", type=float, help="s of CPU that unused quota may save up, to go beyond it.")
-@click.option("--cpuset", metavar="LIST", help="CPUs the job may run on, like 0-3,8; or linear:N, N cores for itself.")
-@click.option("--pids", metavar="N", type=int, help="Processes and threads at most.")
+@limit_options
 @click.option("--oom", type=click.Choice(OOM_ACTIONS), help="What to do when the memory runs out.")
 @click.option("--oom-ceiling", metavar="SIZE", help="How far --oom grow may raise the limit.")
 @click.option("--oom-deadline", metavar="S", type=float, help="How long processes wait at most for a decision.")
@@ -83,7 +70,7 @@ def command(
     scratch: tuple[str, ...],
     chroot: str | None,
     no_new_privs: bool,
-    **limits: str | float | None,
+    **limits: str | None,
 ) -> int:
     """Run COMMAND as a job and account for all it does."""
     config = configuration.load(config_path, os.environ)
@@ -92,7 +79,7 @@ def command(
         # Checked in full here; without --id the ledger gives one, once everything else is known to be in order.
         id=job_id if job_id is not None else "r0",
         owner=owner,
-        limits=_limits(config.limits, limits),
+        limits=wishes.limits(config.limits, limits_given(limits)),
         network=network or config.network.mode,
         classes=_classes(internal, classes),
         tags=_tags(tags),
@@ -196,15 +183,6 @@ def _owner(user: str | None) -> tuple[Owner, list[int], dict[str, str]]:
         return accounts.of(os.getuid(), os.getgid()), os.getgroups(), dict(os.environ)
     account = accounts.named(user)
     return account.owner, account.groups, os.environ | account.environment
-
-
-def _limits(defaults: Limits, options: Mapping[str, str | float | None]) -> Limits:
-    """The configured limits with those of the command line in their place."""
-    values: dict[str, object] = {field.name: getattr(defaults, field.name) for field in fields(Limits)}
-    for name, value in options.items():
-        if value is not None:
-            values[name] = parse_size(name, str(value)) if name in ("memory", "memory_soft", "swap") else value
-    return Limits(**values)  # type: ignore[arg-type]  # names and types are those of the options above
 
 
 def _oom(action: OomAction | None, ceiling: str | None, deadline: float | None) -> dict[str, object]:

@@ -43,7 +43,8 @@ def command(job: str, form: str | None, socket_path: str | None, config_path: st
     elif form == "classad":
         emit(str(answer["classad"]).removesuffix("\n"))
     else:
-        emit(living(client.job(answer["job"])))
+        shown = client.job(answer["job"])
+        emit("\n".join(part for part in (living(shown), shortages(shown.shortages)) if part))
 
 
 def _record(job: str, config_path: str | None) -> Record:

@@ -94,6 +94,10 @@ def test_threads_that_are_numbered_far_apart_are_one_core(tmp_path):
 def v2_host(top, cpus="0-15", mems="0-1"):
     (top / "cpuset.cpus.effective").write_text(f"{cpus}\n")
     (top / "cpuset.mems.effective").write_text(f"{mems}\n")
+    return v2_layout(top)
+
+
+def v2_layout(top):
     return Layout((Hierarchy(CgroupDir(top), 2, ("cpuset",)),))
 
 
@@ -292,10 +296,10 @@ def test_processes_that_ask_at_once_get_different_cores(tmp_path):
         "from pathlib import Path\n"
         "from acctd.cgroup.cpus import chooser\n"
         "from acctd.ledger import Ledger\n"
-        "from tests.unit.test_cpus import TREES, open_job, v2_host\n"
+        "from tests.unit.test_cpus import TREES, open_job, v2_layout\n"
         "name, top, path = sys.argv[1:]\n"
         "with Ledger(Path(path)) as ledger:\n"
-        "    cores = chooser(1, v2_host(Path(top)), 'acctd', TREES / 'numa')\n"
+        "    cores = chooser(1, v2_layout(Path(top)), 'acctd', TREES / 'numa')\n"
         "    for turn in range(2): open_job(ledger, f'{name}{turn}', cores)\n"
     )
     v2_host(tmp_path)
