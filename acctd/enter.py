@@ -1,7 +1,8 @@
-"""Entering a job's network without root: a user namespace of the caller's own, and no capability left in it.
+"""Entering a job without root: a user namespace of the caller's own, and no capability left in it.
 
 The job's owner makes a user and a network namespace that map nobody but the owner, and the agent lays the job's pipe
-into it. Whoever enters afterwards joins both. A fresh user namespace comes with every capability over it;
+into it. Whoever enters afterwards joins both. A job without a network of its own is isolated in a user namespace that
+each who enters makes for itself. A fresh user namespace comes with every capability over it;
 drop_capabilities() gives them all up before the command runs. Standard library only; the hook loads this only where it
 is needed, because ctypes costs. Talks to nobody. man 7 user_namespaces, man 7 capabilities, man 2 ioctl_ns.
 """
@@ -42,7 +43,7 @@ def in_new_namespaces(work: Callable[[], bytes]) -> bytes:
     pid = os.fork()
     if pid == 0:
         try:
-            _new_namespaces()
+            _new_namespaces(_CLONE_NEWUSER | _CLONE_NEWNET)
             answer = b"=" + work()
         except OSError as e:
             answer = str(e.errno or _EINVAL).encode()
@@ -70,6 +71,11 @@ def join(namespace: int) -> None:
     _check(_libc.setns(namespace, _CLONE_NEWNET))
 
 
+def in_own_user_namespace() -> None:
+    """Move this process into a new user namespace that maps nobody but its user. Raises OSError."""
+    _new_namespaces(_CLONE_NEWUSER)
+
+
 def drop_capabilities() -> None:
     """Give up every capability for good, the bounding set included, and see that none is left. Raises OSError.
 
@@ -88,9 +94,9 @@ def drop_capabilities() -> None:
         raise OSError(_EINVAL, f"capabilities {', '.join(left)} are left")
 
 
-def _new_namespaces() -> None:
+def _new_namespaces(kinds: int) -> None:
     uid, gid = os.geteuid(), os.getegid()
-    _check(_libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET))
+    _check(_libc.unshare(kinds))
     # Without "deny" the kernel takes no gid_map from a user: one could leave a group that is refused something.
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:

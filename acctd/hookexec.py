@@ -1,7 +1,8 @@
 """acctd-hook exec: enter a job and become its command; or, where no agent answers, start it unaccounted and say so.
 
-Root enters by setns and becomes the job's owner. The owner enters by a user namespace, see enter.py. Loaded for `exec`
-alone. Standard library only.
+Root enters by setns and becomes the job's owner. The owner enters by a user namespace, see enter.py. How the job is
+isolated the agent says, and isolate.py does; what cannot be done is refused before anything is started. Loaded for
+`exec` alone. Standard library only.
 """
 
 import os
@@ -19,6 +20,10 @@ _LOG = "/dev/log"
 _PRIORITY = 28  # daemon.warning, syslog(3)
 _UNACCOUNTED = "unaccounted"
 _ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._@:+[]-")
+
+TYPE_CHECKING = False  # typing itself takes 3 ms; type checkers know the name
+if TYPE_CHECKING:
+    from acctd import isolate
 
 _SUDOERS = "let job owners run acctd-hook by sudo, see docs/hook.md"
 
@@ -40,8 +45,10 @@ def run(path: str, job: str, command: list[str], *, user: str | None, fail_open:
             raise hookcall.UsageError(f"job {job!r} is no job id") from None
         if os.geteuid() == 0 and way.account is None:
             way.account = _account(user)
-        _put_on_record(path, job, command, str(e))
-    way.shed()
+        unknown = "" if way.asked else "; should it be isolated, it is not"
+        _put_on_record(path, job, command, f"{e}{unknown}")
+        way.isolate()  # as far as it has not been done on the way
+    way.settle()
     code = helper.become(command)
     sys.stderr.write(f"acctd-hook: command {command[0]!r} cannot be started; check its name, PATH and rights\n")
     return code
@@ -53,22 +60,87 @@ class _Way:
     def __init__(self, path: str, job: str) -> None:
         self._path, self._job = path, job
         self.account: tuple[int, int, list[int], dict[str, str]] | None = None
+        self.asked = False
+        """Whether the agent has said what the job is to be."""
         self._capable = False
+        self._plan: isolate.Plan | None = None
+        self._isolated = False
+        self._root: int | None = None
 
     def go(self) -> None:
-        """Into the network, then into the cgroups."""
+        """Into the network, out of sight, and then into the cgroups."""
         entry = hookcall.call(self._path, "Entry", job=self._job)
         sudo = _sudo_uid()
         if sudo not in (None, entry["uid"]):
             said = f"job {self._job} belongs to uid {entry['uid']}, and sudo was called by uid {sudo}; unset SUDO_UID"
             raise hookcall.HookError(f"{said} to enter it as root", hookcall.EX_NOPERM)
         self.account = (entry["uid"], entry["gid"], entry["groups"], entry["environment"])
+        self._plan, self.asked = entry.get("isolation"), True
+        # By the time that we knock again something may be mounted over it.
+        door = _door(self._path) if self._plan is not None else self._path
         if entry["netns"] is not None:
             self._enter(entry["netns"])
+        self.isolate()
         # Last before we give up our rights, so that little of Python's own doing is billed.
-        hookcall.call(self._path, "Attach", job=self._job)
+        try:
+            hookcall.call(door, "Attach", job=self._job)
+        except hookcall.HookError as e:
+            raise hookcall.HookError(str(e).replace(door, self._path), e.code, unreachable=e.unreachable) from None
 
-    def shed(self) -> None:
+    def isolate(self) -> None:
+        """Do what the plan says, as far as it can be done before the cgroups are joined.
+
+        With a PID namespace what goes on is a child: see isolate.py.
+        """
+        plan = self._plan
+        if plan is None or self._isolated:
+            return
+        from acctd import isolate
+
+        try:
+            if plan["pid_namespace"] or plan["root"] or plan["binds"]:
+                self._be_capable()
+            if plan["pid_namespace"]:
+                isolate.in_pid_namespace(self._shed)
+            self._root = isolate.build(plan)
+        except OSError as e:
+            raise self._refused(e) from None
+        self._isolated = True
+
+    def settle(self) -> None:
+        """Be where and who the command is to be. Raises HookError."""
+        try:
+            if self._plan is not None and self._root is not None:
+                from acctd import isolate
+
+                isolate.enter(self._root, changed=self._plan["root"] is not None)
+            self._shed()
+            if self._plan is not None and self._plan["no_new_privs"]:
+                from acctd import isolate
+
+                isolate.forbid_new_privileges()
+        except OSError as e:
+            raise self._refused(e) from None
+
+    def _be_capable(self) -> None:
+        """Have the rights that mounts and namespaces take: the owner has them in a user namespace."""
+        if os.geteuid() != 0 and not self._capable:
+            from acctd import enter
+
+            try:
+                enter.in_own_user_namespace()
+            except OSError as e:
+                raise OSError(e.errno, e.strerror, "make a user namespace") from None
+            self._capable = True
+
+    def _refused(self, error: OSError) -> hookcall.HookError:
+        verb = "isolate" if self._plan is not None else "enter"
+        said = f"cannot {verb} job {self._job}: cannot {error.filename or 'become its owner'}: {error.strerror}"
+        if os.geteuid() == 0:
+            return hookcall.HookError(f"{said}; nothing is started", _EX_OSERR)
+        return hookcall.HookError(f"{said}; {_SUDOERS}", hookcall.EX_NOPERM)
+
+    def _shed(self) -> None:
         """Root becomes the owner; the owner gives up what the user namespace gave."""
         if os.geteuid() == 0:
             if self.account is None:
@@ -129,6 +201,14 @@ class _Way:
         except hookcall.HookError as e:
             return f"{e.code} {int(e.unreachable)} {e}".encode()
         return b""
+
+
+def _door(path: str) -> str:
+    """A name of the agent's socket that leads there whatever is mounted where; the same one if it is not there."""
+    try:
+        return f"/proc/self/fd/{os.open(path, os.O_PATH | os.O_CLOEXEC)}"
+    except OSError:
+        return path  # the next call says what is wrong
 
 
 def _opened(name: str) -> int:

@@ -243,7 +243,7 @@ import ctypes, json, os, socket, subprocess, sys
 sys.path.insert(0, sys.argv[1])
 path, peer, port, trick = sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
 from acctd import enter, hookcall
-enter._new_namespaces()
+enter._new_namespaces(0x50000000)
 hookcall.call(path, "MovePipe", job="u")
 hookcall.call(path, "Attach", job="u")
 libc = ctypes.CDLL(None, use_errno=True)
