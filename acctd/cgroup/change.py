@@ -57,7 +57,7 @@ def change(cgroups: JobCgroups, old: Limits, new: Limits, *, reclaim: bool) -> N
     A memory limit below what is in use is refused, naming limit, use and how much of that is file cache; with `reclaim`
     the kernel drops cache and swaps out first, and it is refused only if that does not do. Lower limits of tasks and of
     swap (v2) take effect on what comes: nothing is ended, and what is swapped out stays so. Cores that were chosen
-    (linear:N) are not changed here. Raises KernelRefusedError, UnavailableError, UsageError.
+    (linear:N) are not changed here. Raises KernelRefusedError, UnavailableError, UsageError, NotFoundError.
     """
     if old.cpuset == new.cpuset:
         old, new = replace(old, cpuset=None), replace(new, cpuset=None)

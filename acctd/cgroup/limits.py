@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from acctd.cgroup.layout import Layout
-from acctd.errors import KernelRefusedError, NotPermittedError, UnavailableError, UsageError
+from acctd.errors import KernelRefusedError, NotFoundError, NotPermittedError, UnavailableError, UsageError
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.model import INT64_MAX, Limits
 
@@ -148,13 +148,18 @@ def apply(settings: list[Setting], place: Place) -> None:
 
 
 def found(setting: Setting, place: Place) -> CgroupDir:
-    """Where it is written. UnavailableError where this host lacks the controller, or the kernel the file."""
+    """Where it is written. UnavailableError where this host lacks the controller, or the kernel the file.
+
+    NotFoundError where the whole cgroup is gone.
+    """
     where = place(setting)
     if where is None:
         raise UnavailableError(
             f"{setting.limit} cannot be limited: this host has no {setting.controller} controller; leave it out"
         )
     if not where.has(setting.file):
+        if not where.exists():
+            raise NotFoundError(f"cgroup {where.path} is gone, and the job with it")
         since = f" (Linux {_SINCE[setting.file]} has it)" if setting.file in _SINCE else ""
         raise UnavailableError(
             f"{setting.limit} cannot be limited: this kernel has no {setting.file}{since}; leave it out"

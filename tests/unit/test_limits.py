@@ -2,8 +2,19 @@ import mmap
 
 import pytest
 
-from acctd.cgroup.limits import Setting, apply, quota_us, v1_settings, v2_settings, weight
-from acctd.errors import KernelRefusedError, UnavailableError
+from acctd.cgroup.layout import Hierarchy, Layout
+from acctd.cgroup.limits import (
+    Setting,
+    apply,
+    burst_us,
+    carry_protection,
+    quota_us,
+    settings,
+    v1_settings,
+    v2_settings,
+    weight,
+)
+from acctd.errors import KernelRefusedError, NotFoundError, UnavailableError, UsageError
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.model import Limits
 
@@ -44,6 +55,69 @@ def test_v2():
         "cpuset.cpus": "0-1",
         "pids.max": "20",
     }
+
+
+def hard(policy, **more):
+    return Limits(memory=64 << 20, memory_policy=policy, **more)
+
+
+@pytest.mark.parametrize(
+    ("limits", "v1", "v2"),
+    [(hard("hard"), {"memory.limit_in_bytes": "67108864"}, {"memory.max": "67108864"}),
+     (hard("soft"), {"memory.soft_limit_in_bytes": "67108864"}, {"memory.low": "67108864"}),
+     (hard("custom"), {"memory.limit_in_bytes": "67108864"}, {"memory.max": "67108864"}),
+     (hard("none"), {}, {}),
+     (hard("none", swap=0), {}, {}),
+     (hard("hard", swap=0),
+      {"memory.limit_in_bytes": "67108864", "memory.memsw.limit_in_bytes": "67108864", "memory.swappiness": "0"},
+      {"memory.max": "67108864", "memory.swap.max": "0"}),
+     (hard("soft", swap=0), {"memory.soft_limit_in_bytes": "67108864", "memory.swappiness": "0"},
+      {"memory.low": "67108864", "memory.swap.max": "0"})],
+)  # fmt: skip
+def test_what_a_policy_makes_of_the_memory_asked_for(limits, v1, v2):
+    assert files(v1_settings(limits)) == v1
+    assert files(v2_settings(limits)) == v2
+
+
+def test_v1_has_no_limit_of_swap_without_one_of_memory():
+    with pytest.raises(UnavailableError, match="swap 1048576 cannot be limited under memory_policy soft: cgroup v1"):
+        v1_settings(hard("soft", swap=1 << 20))
+    assert files(v2_settings(hard("soft", swap=1 << 20)))["memory.swap.max"] == "1048576"
+
+
+def test_v2_protects_the_child_with_the_processes_too():
+    low = [setting for setting in v2_settings(hard("soft")) if setting.file == "memory.low"]
+    assert [(setting.value, setting.inner) for setting in low] == [("67108864", False), ("67108864", True)]
+
+
+def test_memory_on_v2_and_the_rest_on_v1(tmp_path):
+    """Any division of controllers: what v1 alone cannot have is no obstacle where memory is on v2."""
+    tops = [CgroupDir(tmp_path / name) for name in ("v1", "v2")]
+    divided = Layout((Hierarchy(tops[0], 1, ("cpu", "cpuset")), Hierarchy(tops[1], 2, ("memory", "pids"))))
+    limits = hard("soft", swap=1 << 20, cpus=1, cpu_burst=0.1, pids=3, cpuset="0")
+    assert files(settings(divided, limits)) == {
+        "cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "100000", "cpu.cfs_burst_us": "100000", "cpuset.cpus": "0",
+        "memory.low": "67108864", "memory.swap.max": "1048576", "pids.max": "3",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("made", [v1_settings, v2_settings])
+def test_chosen_cores_win_over_what_was_asked(made):
+    chosen = made(Limits(cpuset="linear:2"), "2-3", "1")
+    assert [(setting.file, setting.value) for setting in chosen] == [("cpuset.cpus", "2-3"), ("cpuset.mems", "1")]
+    assert files(made(Limits(cpuset="0-7"), "2-3"))["cpuset.cpus"] == "2-3"
+    with pytest.raises(UnavailableError, match="cpuset 'linear:2': no cores were chosen"):
+        made(Limits(cpuset="linear:2"))
+
+
+def test_burst():
+    limits = Limits(cpus=2, cpu_burst=0.05)
+    assert files(v1_settings(limits))["cpu.cfs_burst_us"] == files(v2_settings(limits))["cpu.max.burst"] == "50000"
+    order = [setting.file for setting in v1_settings(limits)]
+    assert order.index("cpu.cfs_quota_us") < order.index("cpu.cfs_burst_us")
+    assert burst_us(0.5, 0.05) == 50000
+    with pytest.raises(UsageError, match=r"cpu_burst 0\.06 is above what 0\.5 cpus save up at most, 0\.05 seconds"):
+        burst_us(0.5, 0.06)
 
 
 def test_no_limit_writes_nothing():
@@ -115,4 +189,18 @@ def test_absent_controllers_and_files_say_which_limit_to_leave_out(cgroup):
         apply([setting], lambda _: None)
     with pytest.raises(UnavailableError, match=r"swap cannot be limited: this kernel has no memory\.memsw\.limit"):
         apply([setting], lambda _: cgroup)
+    burst = Setting("cpu_burst", "cpu", "cpu.max.burst", "5")
+    with pytest.raises(
+        UnavailableError, match=r"this kernel has no cpu\.max\.burst \(Linux 5\.14 has it\); leave it out"
+    ):
+        apply([burst], lambda _: cgroup)
     assert list(cgroup.path.iterdir()) == []
+    with pytest.raises(NotFoundError, match=r"cgroup /.*/gone is gone, and the job with it"):
+        apply([burst], lambda _: cgroup.child("gone"))
+
+
+def test_v1_carries_no_protection_up(cgroup):
+    job = cgroup.child("base").child("job")
+    job.path.mkdir(parents=True)
+    carry_protection(job)
+    assert list(job.parent.path.iterdir()) == [job.path]
