@@ -14,6 +14,7 @@ from acctd.config import Config
 from acctd.errors import NotPermittedError, UsageError
 from acctd.model import Limits, NetworkMode
 from acctd.policies import Isolation, OomPolicy
+from acctd.requests import limits_from
 
 _T = TypeVar("_T", Limits, OomPolicy, Isolation)
 
@@ -22,8 +23,8 @@ def limits(
     defaults: Limits, wanted: Mapping[str, Any], requests: Mapping[str, Mapping[str, str]] | None = None
 ) -> Limits:
     """The configured limits, those of a batch system's request over them, and over both the wanted ones."""
-    if requests:
-        raise UsageError("requests are not yet understood; use limits")
+    for system, asked in (requests or {}).items():
+        defaults = _over(defaults, _set(limits_from(system, asked)), "limit", "limits")
     return _over(defaults, wanted, "limit", "limits")
 
 
@@ -72,10 +73,8 @@ def _over(defaults: _T, wanted: Mapping[str, Any], what: str, table: str) -> _T:
 
 
 def _set(limits: Limits) -> dict[str, Any]:
-    """Those that differ from none at all."""
-    nothing = Limits()
-    return {
-        field.name: value
-        for field in fields(Limits)
-        if (value := getattr(limits, field.name)) != getattr(nothing, field.name)
-    }
+    """Those that are set. What is said of memory is said as a whole: a policy alone means another thing elsewhere."""
+    memory = {name: getattr(limits, name) for name in ("memory", "memory_soft", "swap", "memory_policy")}
+    found = memory if limits.memory is not None or limits.memory_soft is not None else {}
+    others = {field.name: getattr(limits, field.name) for field in fields(Limits) if field.name not in memory}
+    return found | {name: value for name, value in others.items() if value is not None}
