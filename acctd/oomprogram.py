@@ -5,8 +5,11 @@ shortages.py's. Nothing goes through a shell.
 """
 
 import os
+import select
+import signal
 import subprocess
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,6 +41,14 @@ class Asking:
     def fileno(self) -> int:
         return self._ended
 
+    def has_ended(self) -> bool:
+        """Whether there is an answer, or will be none; asked once."""
+        try:
+            os.eventfd_read(self._ended)
+        except BlockingIOError:
+            return False
+        return True
+
     def answer(self) -> Answer | None:
         """What it answered; None where it had no answer in time. Raises AcctdError for what is no answer."""
         if isinstance(self._outcome, AcctdError):
@@ -46,14 +57,14 @@ class Asking:
 
     def close(self) -> None:
         """It is not wanted any more; a program that still runs is ended."""
-        if self.process.returncode is None:
-            self.process.kill()
+        _end(self.process)
         os.close(self._ended)
 
 
 def ask(program: str, facts: Mapping[str, Any], timeout: float) -> Asking:
     """Start the program; it has `timeout` seconds. Raises AcctdError where it cannot be started."""
     try:
+        # In a session of its own, so that what it starts can be ended with it.
         process = subprocess.Popen(
             [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", env=_ENVIRONMENT, start_new_session=True
         )
@@ -69,11 +80,15 @@ def _wait(asking: Asking, program: str, facts: bytes, timeout: float, ended: int
     """In a thread of its own: its only way back is the outcome, and then the eventfd."""
     process = asking.process
     try:
-        said, _ = process.communicate(facts, timeout)
-        asking._outcome = _decoded(program, process.returncode, said)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        with process:
+            said = _exchange(process, facts, time.monotonic() + timeout)
+            if said is None:
+                _end(process)
+            elif len(said) > _ANSWER_BYTES:
+                _end(process)
+                asking._outcome = AcctdError(f"oom.program {program} wrote more than {_ANSWER_BYTES} bytes")
+            else:
+                asking._outcome = _decoded(program, process.wait(), said)
     except OSError as e:
         asking._outcome = AcctdError(f"oom.program {program} cannot be spoken to: {e.strerror}")
     finally:
@@ -81,10 +96,50 @@ def _wait(asking: Asking, program: str, facts: bytes, timeout: float, ended: int
         os.close(ended)
 
 
+def _exchange(process: subprocess.Popen[bytes], facts: bytes, deadline: float) -> bytes | None:
+    """Give it the facts and take what it writes, up to its end; no more of it than is good. None where time is up."""
+    assert process.stdin is not None and process.stdout is not None  # noqa: S101  # both were asked for
+    said, poll = b"", select.poll()
+    for stream, events in ((process.stdin, select.POLLOUT), (process.stdout, select.POLLIN)):
+        os.set_blocking(stream.fileno(), False)
+        poll.register(stream, events)
+    while len(said) <= _ANSWER_BYTES:
+        left = deadline - time.monotonic()
+        ready = dict(poll.poll(left * 1000)) if left > 0 else {}
+        if not ready:
+            return None
+        if process.stdout.fileno() in ready:
+            if not (piece := os.read(process.stdout.fileno(), 1 << 16)):
+                break
+            said += piece
+        elif facts:
+            try:
+                facts = facts[os.write(process.stdin.fileno(), facts) :]
+            except BrokenPipeError:
+                facts = b""  # it does not want to know
+            if not facts:
+                poll.unregister(process.stdin)
+                process.stdin.close()
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return None
+    return said
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With all that it has started, unless it has ended by itself and was waited for."""
+    if process.returncode is None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it has just been waited for
+
+
 def _decoded(program: str, code: int, said: bytes) -> Answer | AcctdError:
     if code != 0:
         return AcctdError(f"oom.program {program} ended with {code}; it is to end with 0 and to write its answer")
     try:
-        return msgspec.json.decode(said[:_ANSWER_BYTES], type=Answer)
+        return msgspec.json.decode(said, type=Answer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         return AcctdError(f'oom.program {program} gave no answer such as {{"action": "hold"}}: {e}')

@@ -8,7 +8,8 @@ hear(). What is put on record is inquest.py's; how a job is ended for good is it
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from acctd import inquest, oomprogram
@@ -21,9 +22,11 @@ from acctd.kernel import memevents, procs
 from acctd.kernel.memevents import Ear
 from acctd.metrics import MEMORY_FAILCNT, MEMORY_KERNEL, MEMORY_OOM_KILLS, MEMORY_RESIDENT, MEMORY_SWAP_FAILCNT
 from acctd.policies import Shortage
+from collectors.memory import MemoryReader
 
-_MUTE = 0.1  # s for which a job that is at its limit with page cache alone is not listened to (v2)
+_MUTE = 0.1  # s for which a job is not listened to that is just ending, or at its limit with page cache alone (v2)
 _TOGETHER = 1.0  # s; a killer that strikes again within is the same shortage
+_FRESH = 60.0  # s; what the kernel killed since is put down to the last shortage, unless readings are rarer
 _REARMED_BELOW = 5  # percent below a threshold at which it may be told again
 _BUDGET = 0.004  # s to look at processes while the job stands still
 _LIMIT_HITS = (MEMORY_FAILCNT, MEMORY_SWAP_FAILCNT)
@@ -45,7 +48,9 @@ class _Watched:
     usage: Ear | None = None  # v1: a threshold was crossed
     links: int = 0  # of its directory on v1, as of the last look: other ones when a cgroup was made inside
     warned: int = 0  # the highest threshold that was told, percent
-    handled: bool = False  # something is being done about it
+    ending: bool = False  # it has had SIGKILL for a shortage; what it says until that is over is of the same one
+    loose: bool = False  # the kernel's killer is on, until the job is well below its limit again
+    frozen: bool = False  # by us
     last: float = 0.0  # monotonic, of the last shortage
     muted: float | None = None  # until then, monotonic
     asking: oomprogram.Asking | None = None
@@ -67,6 +72,10 @@ class Shortages:
         self._epoll = select.epoll()
         self._watched: dict[int, _Watched] = {}  # by the job's seq
         self._heard: dict[int, Callable[[], None]] = {}  # by descriptor
+        self._examined: set[int] = set()  # jobs that are being read for evidence, by seq
+        self._hearing = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # due() is another one
+        self._add(self._wake, select.EPOLLIN, lambda: None)
         self.guard = Guard(agent.config.runtime_dir, lambda e: trouble(None, e))
         self._add(self.guard.fileno(), select.EPOLLIN, self._guardian_speaks)
 
@@ -98,10 +107,7 @@ class Shortages:
         watched.out = memevents.out_of_memory(directory)
         if watched.out is not None:
             self._add(watched.out.fileno(), watched.out.events, lambda: self._ran_out(watched))
-        thresholds = [watched.limit * percent // 100 for percent in job.spec.oom.thresholds]
-        if thresholds and (usage := memevents.usage_thresholds(directory, thresholds)) is not None:
-            watched.usage = usage
-            self._add(usage.fileno(), usage.events, lambda: self._crossed(watched))
+        self._hear_thresholds(watched)
         if memory.troubles().waiting:
             self._act(watched)
 
@@ -115,15 +121,21 @@ class Shortages:
 
     def hear(self) -> None:
         """Deal with what the kernel, the guardian and programs have said. Never waits and never raises for one job."""
-        now = time.monotonic()
+        now, self._hearing = time.monotonic(), True
         for watched in [w for w in self._watched.values() if w.muted is not None and w.muted <= now]:
             self._unmute(watched)
+            self._see_whether_over(watched)
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
         for fd, _ in self._epoll.poll(0):
             if (heard := self._heard.get(fd)) is not None:
                 heard()
+        self._hearing = False
 
     def check(self, job: Job) -> None:
         """After each reading of a job: what no ear tells, and thresholds where the kernel has none."""
+        if job.row.seq in self._examined:
+            return
         try:
             if (watched := self._watched.get(job.row.seq)) is not None:
                 self._look(watched)
@@ -138,6 +150,7 @@ class Shortages:
             self._let_be(watched.job)
         self.guard.close()
         self._epoll.close()
+        os.close(self._wake)
 
     # Hearing
 
@@ -149,6 +162,18 @@ class Shortages:
         del self._heard[fd]
         self._epoll.unregister(fd)
 
+    def _hear_thresholds(self, watched: _Watched) -> None:
+        """v1: be told by the kernel when the usage crosses one, of the limit as it is now."""
+        if watched.usage is not None:
+            self._drop(watched.usage.fileno())
+            watched.usage.close()
+            watched.usage = None
+        policy, limit = watched.job.spec.oom, watched.limit
+        thresholds = [limit * percent // 100 for percent in policy.thresholds] if limit is not None else []
+        if thresholds and (usage := memevents.usage_thresholds(watched.memory.directory, thresholds)) is not None:
+            watched.usage = usage
+            self._add(usage.fileno(), usage.events, lambda: self._crossed(watched))
+
     def _let_be(self, job: Job) -> None:
         watched = self._watched.pop(job.row.seq, None)
         if watched is None:
@@ -158,11 +183,14 @@ class Shortages:
             self._drop(ear.fileno())
             ear.close()
         self._answered(watched)
+        self._thaw(watched)
 
     def _mute(self, watched: _Watched) -> None:
         if watched.out is not None and watched.muted is None:
             watched.muted = time.monotonic() + _MUTE
             self._epoll.modify(watched.out.fileno(), 0)
+            if not self._hearing:
+                os.eventfd_write(self._wake, 1)
 
     def _unmute(self, watched: _Watched) -> None:
         if watched.muted is not None and watched.out is not None:
@@ -178,11 +206,12 @@ class Shortages:
 
     def _hear_v1(self, watched: _Watched) -> None:
         # All jobs below the limit that was reached hear of it; that of the highest is the one.
+        waiting = watched.memory.troubles().waiting
         for place in inquest.above(self._agent.held, watched.job):
             above = self._watched.get(place.row.seq)
             if above is not None and above.out is not None:
                 self._ran_out(above)
-                if above.memory.troubles().waiting or time.monotonic() - above.last < _TOGETHER:
+                if not waiting and time.monotonic() - above.last < _TOGETHER:
                     return
         self._act(watched)
 
@@ -232,10 +261,23 @@ class Shortages:
             self._count_kills(watched)
         if watched.memory.v1 and job.spec.oom.action != "kernel":
             self._let_inner_go(watched)
-        if watched.handled and watched.asking is None and not watched.memory.troubles().waiting:
-            watched.handled = False
-            if watched.memory.v1 and watched.limit is not None and job.spec.oom.action != "kernel":
-                self._arm(watched)  # it may have been let loose
+            if watched.memory.troubles().waiting:
+                self._act(watched)  # an event that was heard while another shortage was dealt with
+        self._see_whether_over(watched)
+
+    def _see_whether_over(self, watched: _Watched) -> None:
+        """Whether what was done about a shortage has had its effect: then the next one is another one."""
+        if watched.limit is None or not (watched.ending or watched.loose):
+            return
+        over = watched.memory.is_well_below(watched.limit)
+        if watched.ending:
+            # What lies in a tmpfs stays when nobody is left.
+            watched.ending = not over and bool(watched.job.cgroups.members())
+            if watched.ending:
+                self._mute(watched)
+        if watched.loose and over:
+            self._arm(watched)
+            watched.loose = False
 
     def _let_inner_go(self, watched: _Watched) -> None:
         """v1: what the job makes inside its cgroup inherits that tasks wait, and nobody would hear of a limit there."""
@@ -251,11 +293,15 @@ class Shortages:
     def _look_back(self, job: Job) -> None:
         """What befell a job while no agent lived, as far as its counters tell: whether it ever was at its own limit."""
         self._was_released(job)
-        new = sum(job.meter.last((MEMORY_OOM_KILLS,)).values()) - job.kills_told
+        directory, inside = job.cgroups.directory("memory"), job.cgroups.inside("memory")
+        if directory is None or inside is None:
+            return
+        # Not what was metered: that has the victims of families in it on v2.
+        new = JobMemory(directory, inside).troubles().kills - job.kills_told
         if new > 0:
             job.kills_told += new
             own = job.spec.limits.hard is not None and any(job.meter.last(_LIMIT_HITS).values())
-            self._keep(job, inquest.examine(job, action=_KILLED_BY_KERNEL, host=not own, kills=new))
+            self._keep(job, self._examine(job, _KILLED_BY_KERNEL, host=not own, kills=new))
 
     def _count_kills(self, watched: _Watched) -> None:
         """Put new victims of the kernel down to the limit they fell to: the job's, that of one above, or the node's."""
@@ -264,29 +310,40 @@ class Shortages:
         if new <= 0:
             return
         job.kills_told += new
-        now = time.monotonic()
-        if watched.last and job.shortages and job.shortages[-1].level == "job":
-            last = job.shortages[-1]
-            job.shortages[-1] = inquest.with_kills(job, last, last.kills + new)
+        if (index := self._recent(watched)) is not None:
+            last = job.shortages[index]
+            job.shortages[index] = inquest.with_kills(job, last, last.kills + new)
             job.unstored = True
             return
         for place in inquest.above(self._agent.held, job):
             above = self._watched.get(place.row.seq)
-            if above is not None and above.last and now - above.last < 60 and place.shortages:
-                self._keep(job, inquest.told_to(job, place.shortages[-1], "parent", new))
+            if above is not None and (index := self._recent(above)) is not None:
+                self._keep(job, inquest.told_to(job, place.shortages[index], "parent", new))
                 return
-        self._keep(job, inquest.examine(job, action=_KILLED_BY_KERNEL, host=True, kills=new))
+        self._keep(job, self._examine(job, _KILLED_BY_KERNEL, host=True, kills=new))
+
+    def _recent(self, watched: _Watched) -> int | None:
+        """Which of a job's shortages the kernel may just have killed for: the newest at its own limit, if it is fresh.
+
+        Not one after which the limit was raised: nobody is killed for that.
+        """
+        fresh = max(_FRESH, 2 * self._agent.config.poll_interval)
+        if not watched.last or time.monotonic() - watched.last > fresh:
+            return None
+        shortages = watched.job.shortages
+        index = next((i for i in reversed(range(len(shortages))) if shortages[i].level == "job"), None)
+        return index if index is not None and shortages[index].action != "grown" else None
 
     # Acting
 
     def _act(self, watched: _Watched) -> None:
         """The limit of this very job was reached, and nothing can be reclaimed."""
         action = watched.job.spec.oom.action
-        if action == "kernel":
+        if action == "kernel" or watched.loose:
             self._killed_by_kernel(watched)
         elif watched.memory.v1 and not watched.memory.troubles().waiting:
             return  # the limit was raised, or somebody ended meanwhile
-        elif watched.handled:
+        elif watched.ending or watched.asking is not None:
             return
         elif action == "exec":
             self._ask(watched)
@@ -295,20 +352,22 @@ class Shortages:
 
     def _killed_by_kernel(self, watched: _Watched) -> None:
         job, now = watched.job, time.monotonic()
-        again = watched.last and now - watched.last < _TOGETHER and job.shortages
+        again = now - watched.last < _TOGETHER and self._recent(watched) is not None
         watched.last = now
         if not again:
-            self._keep(job, inquest.examine(job, action=_KILLED_BY_KERNEL))
+            self._keep(job, self._examine(job, _KILLED_BY_KERNEL))
         self._count_kills(watched)
 
     def _end(self, watched: _Watched, action: str) -> None:
         """Stop the job, look at it, end it."""
         job = watched.job
-        watched.handled, watched.last = True, time.monotonic()
+        watched.ending, watched.last = True, time.monotonic()
         self._freeze(watched)
-        shortage = inquest.examine(job, action=action, budget=_BUDGET)
+        shortage = self._examine(job, action)
         job.cgroups.kill(timeout=0.0)
+        watched.frozen = False  # to kill is to thaw
         self.guard.thawed(job.spec.id)
+        self._mute(watched)
         self._keep(job, shortage)
         self._see_end(job)
 
@@ -322,10 +381,11 @@ class Shortages:
         room = procs.meminfo().get("MemAvailable", 0) - self._agent.config.oom.reserve
         if new <= limit or new - limit > room:
             return False
-        shortage = inquest.examine(job, action="grown", said={"raised_to": new})
+        shortage = self._examine(job, "grown", said={"raised_to": new})
         try:
             self._agent.set_limits(job, replace(job.spec.limits, memory=new), reclaim=False)
             self._arm(watched)
+            self._hear_thresholds(watched)
         except AcctdError as e:
             self._trouble(job, e)
             return False
@@ -338,12 +398,21 @@ class Shortages:
         job = watched.job
         if (thawing := job.cgroups.thawing()) is None:
             return
-        self.guard.frozen(job.spec.id, *thawing, deadline=job.spec.oom.deadline)
+        file, value = thawing
+        try:
+            if file.read_text().strip() != value:
+                return  # somebody has suspended it, and will let it go on
+            self.guard.frozen(job.spec.id, file, value, deadline=job.spec.oom.deadline)
+        except (AcctdError, OSError) as e:
+            self._trouble(job, e)  # what is to be done about the shortage is done all the same
+            return
         job.cgroups.freeze()
+        watched.frozen = True
 
     def _thaw(self, watched: _Watched) -> None:
-        if watched.job.cgroups.thawing() is not None:
+        if watched.frozen:
             watched.job.cgroups.thaw()
+            watched.frozen = False
             self.guard.thawed(watched.job.spec.id)
 
     def _arm(self, watched: _Watched) -> None:
@@ -358,21 +427,22 @@ class Shortages:
         watched.memory.arm(limit)
 
     def _let_loose(self, watched: _Watched) -> None:
-        """Let the kernel's killer decide."""
+        """Let the kernel's killer decide, until the job is well below its limit again."""
         if watched.limit is not None:
             watched.memory.disarm(watched.limit)
+            watched.loose = True
 
     # The site's program
 
     def _ask(self, watched: _Watched) -> None:
         job, program = watched.job, self._agent.config.oom.program
-        watched.handled, watched.last = True, time.monotonic()
+        watched.last = time.monotonic()
         self._freeze(watched)
-        shortage = inquest.examine(job, action="held", budget=_BUDGET)
+        shortage = self._examine(job, "held")
         try:
             if program is None:
                 raise AcctdError("oom.program is not in the configuration any more")
-            asking = oomprogram.ask(program, self._facts(job, shortage), job.spec.oom.deadline)
+            asking = oomprogram.ask(program, self._facts(job, shortage), _patience(job))
         except AcctdError as e:
             self._trouble(job, e)
             self._end(watched, "held")
@@ -409,7 +479,7 @@ class Shortages:
     def _follow(self, watched: _Watched, shortage: Shortage) -> None:
         """Do as the program says; where it says nothing in time the kernel decides, where it makes no sense hold."""
         job, asking = watched.job, watched.asking
-        if asking is None:
+        if asking is None or not asking.has_ended():
             return
         try:
             try:
@@ -420,7 +490,7 @@ class Shortages:
             finally:
                 self._answered(watched)
             if answer is None:
-                self._release(watched, shortage)
+                self._release(watched)
                 return
             if answer.reason:
                 self._tell(job, "memory", f"the site says: {answer.reason}")
@@ -430,15 +500,15 @@ class Shortages:
                 self._thaw(watched)
             elif answer.action == "grow" and self._grow(watched, answer.memory):
                 self._thaw(watched)
-                watched.handled = False
             else:
                 self._end(watched, "killed" if answer.action == "kill" else "held")
         except (AcctdError, OSError) as e:
             self._trouble(job, e)
 
-    def _release(self, watched: _Watched, shortage: Shortage) -> None:
+    def _release(self, watched: _Watched) -> None:
+        """Nobody has decided in time."""
         job = watched.job
-        self._keep(job, inquest.examine(job, action="released", said={"waited": job.spec.oom.deadline}))
+        self._keep(job, self._examine(job, "released", said={"waited": _patience(job)}))
         self._let_loose(watched)
         self._thaw(watched)
 
@@ -448,10 +518,12 @@ class Shortages:
             watched = next((w for w in self._watched.values() if w.job.spec.id == deed.name), None)
             if watched is not None:
                 watched.last = time.monotonic()
-                if deed.what == "released":
+                if deed.what == "released" and not watched.ending:
                     said = {"waited": watched.job.spec.oom.deadline}
-                    self._keep(watched.job, inquest.examine(watched.job, action="released", said=said))
-                    watched.handled = True  # armed again by the next reading that finds it waiting no more
+                    self._keep(watched.job, self._examine(watched.job, "released", said=said))
+                    self._answered(watched)  # too late
+                    self._thaw(watched)
+                    watched.loose = True
                 elif deed.what == "unguarded":
                     watched.memory.disarm(watched.limit or 0)
                     self._trouble(watched.job, f"no guardian can watch it ({deed.text}); the kernel decides")
@@ -464,10 +536,27 @@ class Shortages:
             if deed.name == job.spec.id and deed.time >= job.row.created:
                 if deed.what == "released":
                     said = {"waited": job.spec.oom.deadline}
-                    self._keep(job, replace(inquest.examine(job, action="released", said=said), time=deed.time))
+                    self._keep(job, replace(self._examine(job, "released", said=said), time=deed.time))
                     found = True
                 deed.remove()
         return found
+
+    def _examine(
+        self,
+        job: Job,
+        action: str,
+        *,
+        host: bool = False,
+        kills: int = 0,
+        said: Mapping[str, float] | None = None,
+    ) -> Shortage:
+        """Evidence as in inquest.py; and the account as of this moment, whose peaks a later reading would not show."""
+        self._examined.add(job.row.seq)
+        try:
+            self._agent.take(job, MemoryReader)
+        finally:
+            self._examined.discard(job.row.seq)
+        return inquest.examine(job, action=action, host=host, kills=kills, budget=_BUDGET, said=said)
 
     # Telling
 
@@ -483,3 +572,8 @@ class Shortages:
             for inner in self._agent.held.values():
                 if any(place is job for place in inquest.above(self._agent.held, inner)):
                     inner.ran_out(inquest.told_to(inner, shortage, "parent"))
+
+
+def _patience(job: Job) -> float:
+    """s that the site's program has: a little less than the job may wait, or the guardian would be quicker."""
+    return job.spec.oom.deadline - min(0.5, job.spec.oom.deadline / 10)

@@ -17,7 +17,7 @@ _UNLIMITED = 1 << 62
 class Troubles(NamedTuple):
     """What has befallen one cgroup so far."""
 
-    waiting: bool  # v1: its tasks wait for somebody to act
+    waiting: bool  # v1: its tasks wait for somebody to act, at its own limit and not at that of a cgroup above
     ooms: int  # v2: times that nothing could be reclaimed at its own limit; 0 on v1, which does not count them
     kills: int  # of its own processes, by the kernel for want of memory, its own or another's
     high: int  # v2: times it went over memory.high
@@ -56,12 +56,19 @@ class JobMemory:
         """What has befallen it so far; all 0 once it is gone."""
         if self.v1:
             control = _counts(self.directory.read("memory.oom_control"))
-            return Troubles(control.get("under_oom") == 1, 0, control.get("oom_kill", 0), 0)
-        # .local is there from 5.2 on. Before, what befalls a family is not told from what befalls its parent.
-        local = self.directory.read("memory.events.local") or self.directory.read("memory.events")
-        inside = self._own.read("memory.events.local") or self._own.read("memory.events")
-        events = _counts(local)
-        return Troubles(False, events.get("oom", 0), _counts(inside).get("oom_kill", 0), events.get("high", 0))
+            waiting = control.get("under_oom") == 1
+            if waiting:  # all cgroups below the one whose limit was reached say so too
+                waiting = _counts(self.directory.parent.read("memory.oom_control")).get("under_oom") != 1
+            return Troubles(waiting, 0, control.get("oom_kill", 0), 0)
+        if (local := self.directory.read("memory.events.local")) is None:
+            # Before 5.2. What befalls a family is not told from what befalls its parent there.
+            events = _counts(self.directory.read("memory.events"))
+            kills = events.get("oom_kill", 0)
+        else:
+            events = _counts(local)
+            # Its processes are counted by its own directory, until a family is made and they get controllers apart.
+            kills = events.get("oom_kill", 0) + _counts(self._own.read("memory.events.local")).get("oom_kill", 0)
+        return Troubles(False, events.get("oom", 0), kills, events.get("high", 0))
 
     def arm(self, limit: int) -> None:
         """Let acctd act before the kernel does, at this limit.
@@ -78,12 +85,18 @@ class JobMemory:
         self.directory.write("memory.max", str(limit + margin(limit)))
 
     def disarm(self, limit: int) -> None:
-        """Let the kernel's own killer act, at this limit."""
+        """Let the kernel's own killer act, at this limit, on a process at a time."""
         if self.v1:
             self.directory.write("memory.oom_control", "0")
             return
+        if self.directory.has("memory.oom.group"):
+            self.directory.write("memory.oom.group", "0")
         self.directory.write("memory.max", str(limit))
         self.directory.write("memory.high", "max")
+
+    def is_well_below(self, limit: int) -> bool:
+        """Whether a shortage that there was is over, and the next one is another one."""
+        return not self.troubles().waiting and self.held() < limit - margin(limit)
 
     def is_exhausted(self, limit: int) -> bool:
         """v2: whether it is at its limit, and dropping page cache or swapping would not help."""
