@@ -29,9 +29,10 @@ PATIENCE = 60.0  # s until a wait is a failure; nothing is concluded from how lo
 _serial = itertools.count()
 
 KEEPER = """
-import json, os, select, sys
+import json, os, select, signal, sys
 from pathlib import Path
 from acctd.guard import Guard
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as acctd run does
 guard = Guard(Path(sys.argv[1]), lambda e: print(json.dumps({"trouble": str(e)}), flush=True))
 while True:
     for fd in select.select([0, guard] if sys.argv[2] == "attentive" else [0], [], [])[0]:
