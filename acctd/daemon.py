@@ -19,6 +19,7 @@ from acctd.config import Config
 from acctd.cost import Cost
 from acctd.errands import Errands
 from acctd.errors import AcctdError, InUseError, NotFoundError, UsageError
+from acctd.guard import released
 from acctd.job import Ending, Job, boottime, lingering
 from acctd.kernel import mountinfo, procs
 from acctd.model import JobSpec, Limits, Record
@@ -57,7 +58,6 @@ class Daemon:
             trouble=self.news.trouble,
             end=lambda job: self._errands.begin(self._see_end(job)),
         )
-        agent.after_reading = self._shortages.check
 
     # Beginning and end
 
@@ -71,6 +71,11 @@ class Daemon:
             path.unlink()
         self._shortages.start()
         self._take_over()
+        for deed in released(self.agent.config.runtime_dir):
+            self.news.tell(
+                None, "released", f"job {deed.name} waited for memory, its agent did not act, and it is gone"
+            )
+            deed.remove()
         self._warden.guard(self.jobs.values())
         self._warden.mend(self.jobs.values())
         self.books.store(self.jobs.values())

@@ -50,7 +50,8 @@ def examine(
 def with_kills(job: Job, shortage: Shortage, kills: int) -> Shortage:
     """The same, with so many processes killed for it by the kernel, of this job."""
     counted = replace(shortage, kills=kills)
-    return replace(counted, text=_sentence(job, counted, {}))
+    said = {"waited": job.spec.oom.deadline} if shortage.action == "released" else {}
+    return replace(counted, text=_sentence(job, counted, said))
 
 
 def told_to(job: Job, shortage: Shortage, level: OomLevel, kills: int = 0) -> Shortage:

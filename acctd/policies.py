@@ -96,7 +96,7 @@ class Shortage:
     level: OomLevel
     whose: str | None  # the job whose limit was reached; None for the host
     action: str  # what was done: "killed by the kernel", "killed", "held", "grown", "released"
-    limit: int | None  # bytes, of the job whose limit it was
+    limit: int | None  # bytes, of the job whose limit it was; for the host of the job that this is about
     usage: int | None  # bytes
     kills: int = 0  # processes of this job that the kernel killed for it
     memory: dict[str, int] | None = (

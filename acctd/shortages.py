@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Self
 
 from acctd import inquest, oomprogram
 from acctd.agent import Agent
@@ -78,6 +79,13 @@ class Shortages:
         self._add(self._wake, select.EPOLLIN, lambda: None)
         self.guard = Guard(agent.config.runtime_dir, lambda e: trouble(None, e))
         self._add(self.guard.fileno(), select.EPOLLIN, self._guardian_speaks)
+        agent.after_reading = self.check
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def fileno(self) -> int:
         """Readable when hear() has something to do."""
@@ -292,7 +300,7 @@ class Shortages:
 
     def _look_back(self, job: Job) -> None:
         """What befell a job while no agent lived, as far as its counters tell: whether it ever was at its own limit."""
-        self._was_released(job)
+        was_released = self._was_released(job)
         directory, inside = job.cgroups.directory("memory"), job.cgroups.inside("memory")
         if directory is None or inside is None:
             return
@@ -300,6 +308,9 @@ class Shortages:
         new = JobMemory(directory, inside).troubles().kills - job.kills_told
         if new > 0:
             job.kills_told += new
+            if was_released:
+                job.shortages[-1] = inquest.with_kills(job, job.shortages[-1], new)
+                return
             own = job.spec.limits.hard is not None and any(job.meter.last(_LIMIT_HITS).values())
             self._keep(job, self._examine(job, _KILLED_BY_KERNEL, host=not own, kills=new))
 

@@ -97,11 +97,15 @@ def command(
     spec = with_default_classes(spec, config)
     outputs = {form: Output(option, path) for option, form, path in _files(classad, json_path)}
     # From here on signals are taken in order, one by one: none is lost, and none interrupts a half-made job.
-    with Signals() as signals, Agent(config) as agent:
+    with (
+        Signals() as signals,
+        Agent(config) as agent,
+        Shortages(agent, tell=_untold, trouble=_noted, end=_see_end) as shortages,
+    ):
         recovery = recover(agent)
         if job_id is None:
             spec = replace(spec, id=agent.ledger.next_id())
-        record = _account(agent, spec, arguments, groups, environ, signals, quiet=quiet)
+        record = _account(agent, spec, arguments, groups, environ, signals, shortages, quiet=quiet)
         for form, output in outputs.items():
             output.write(_formatted(form, record))
     if not quiet:
@@ -120,6 +124,7 @@ def _account(
     groups: list[int],
     environ: Mapping[str, str],
     signals: Signals,
+    shortages: Shortages,
     *,
     quiet: bool,
 ) -> Record:
@@ -127,8 +132,6 @@ def _account(
     # A job with a namespace has a loopback of its own, where the host's resolver does not listen.
     servers = resolver.host_servers() if spec.network == "nat" else []
     started = False
-    shortages = Shortages(agent, tell=_untold, trouble=_noted, end=_see_end)
-    agent.after_reading = shortages.check
     try:
         with resolver.Relay(job.namespace if job.namespace is not None else -1, servers) as relay:
             job.notes += [
@@ -153,13 +156,10 @@ def _account(
         else:
             agent.abandon(job)
         shortages.forget(job)
-        shortages.close()
         raise
-    try:
-        return agent.finish(job, ending)
-    finally:
-        shortages.forget(job)
-        shortages.close()
+    record = agent.finish(job, ending)
+    shortages.forget(job)
+    return record
 
 
 def _untold(_job: Job, _event: str, _text: str) -> None:

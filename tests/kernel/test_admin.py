@@ -593,4 +593,4 @@ def test_the_examples_for_admins(with_acctd: dict[str, str]) -> None:
 
 def test_every_command_for_admins_has_an_example() -> None:
     shown = {line.split("acctd ")[1].split()[0] for line in examples()}
-    assert shown == {"ps", "top", "show", "events", "kill", "suspend", "continue", "reload"}
+    assert shown == {"ps", "top", "show", "events", "kill", "limit", "suspend", "continue", "reload"}
