@@ -1,10 +1,10 @@
 """Shutting a job's first process in: a PID namespace, a tree of mounts, another root, no new privileges.
 
-Used by what becomes the command: helper.py and hookexec.py. Standard library only, and ctypes only once something is
-asked for. Knows neither jobs nor accounts: `shed` is how its caller gives up its rights. What is left of it while the
-command runs is outside the job's cgroups, and is told nothing that the job could want. Every error is an OSError whose
-`filename` says what was being done. man 7 pid_namespaces, man 7 mount_namespaces, man 2 mount, man 2 pivot_root, man 2
-prctl.
+Used by what becomes the command: helper.py and hookexec.py, which load it only once something is asked for, because
+ctypes costs as much as all else together. Standard library only. Knows neither jobs nor accounts: `shed` is how its
+caller gives up its rights. What is left of it while the command runs is outside the job's cgroups, and is told nothing
+that the job could want. Every error is an OSError whose `filename` says what was being done. man 7 pid_namespaces, man
+7 mount_namespaces, man 2 mount, man 2 pivot_root, man 2 prctl.
 
 The plan is an object: {"pid_namespace": bool, "root": path or null, "binds": [[source, target, read-only]...],
 "no_new_privs": bool}. Targets are paths inside the root; binds are made in their order. Another root has a /dev and
@@ -14,6 +14,7 @@ The order, because each step takes what the next may need: in_pid_namespace(), b
 up all rights, forbid_new_privileges().
 """
 
+import ctypes
 import errno
 import os
 import signal
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 Plan = dict[str, "Any"]  # JSON as it came
+
+# Now: whoever the caller becomes may not be able to read Python's library.
+_libc = ctypes.CDLL(None, use_errno=True)
 
 _CLONE_NEWNS, _CLONE_NEWPID = 0x20000, 0x20000000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
@@ -355,10 +359,7 @@ def _name_process(name: bytes) -> None:
 
 def _call(what: str, name: str, *arguments: "int | bytes | None") -> None:
     """A function of libc that returns 0 when it worked."""
-    import ctypes  # it costs as much as all else together
-
-    libc = ctypes.CDLL(None, use_errno=True)
     words = [ctypes.c_ulong(each) if isinstance(each, int) else each for each in arguments]
-    if getattr(libc, name)(*words) != 0:
+    if getattr(_libc, name)(*words) != 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error), what)

@@ -74,9 +74,10 @@ class Trash:
         path = Path(place)
         trash = path.parent / _TRASH
         try:
-            if not path.parent.exists():
+            if not os.path.lexists(path) and not os.path.lexists(trash / path.name):
                 return
-            trash.mkdir(0o700, exist_ok=True)
+            private.make(path.parent)
+            private.make(trash)
             try:
                 path.rename(trash / path.name)
             except FileNotFoundError:
