@@ -21,8 +21,12 @@ held, files = [], {}
 for line in sys.stdin:
     kind, mib, path = line.rstrip("\\n").split(" ", 2)
     size = int(mib) << 20
-    if kind == "anon":
+    if kind in ("anon", "lock"):
         taken = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
+        if kind == "lock":
+            import ctypes
+            start = ctypes.byref(ctypes.c_char.from_buffer(taken))
+            ctypes.CDLL(None).mlock(start, ctypes.c_size_t(size)) and sys.exit("not locked")
         for at in range(0, size, mmap.PAGESIZE):
             taken[at] = 1
         held.append(taken)
@@ -85,6 +89,10 @@ class Hog:
     def take(self, mib: int) -> bool:
         """MiB of anonymous memory, touched; False if it was killed over it."""
         return self._tell(f"anon {mib} -")
+
+    def pin(self, mib: int) -> bool:
+        """The same, and not to be swapped out."""
+        return self._tell(f"lock {mib} -")
 
     def read(self, mib: int, file: Path) -> bool:
         """The next MiB of a file, into the page cache."""

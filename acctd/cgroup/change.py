@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 
 from acctd.cgroup.driver import JobCgroups
-from acctd.cgroup.limits import PERIOD_US, Setting, carry_protection, found, put, settings, value_of
+from acctd.cgroup.limits import PERIOD_US, Setting, found, put, settings, value_of
 from acctd.errors import AcctdError, KernelRefusedError
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.metrics import MEMORY_FILE
@@ -65,7 +65,7 @@ def change(cgroups: JobCgroups, old: Limits, new: Limits, *, reclaim: bool) -> N
     memory: list[tuple[Setting, CgroupDir]] = []
     others: list[tuple[Setting, CgroupDir]] = []
     for setting in _differing(given, wanted, cgroups):
-        pair = setting, found(setting, cgroups.place)
+        pair = setting, found(setting, cgroups.directory)
         (memory if setting.file in _USAGE else others).append(pair)
     undo: list[Callable[[], None]] = []
     try:
@@ -80,17 +80,17 @@ def change(cgroups: JobCgroups, old: Limits, new: Limits, *, reclaim: bool) -> N
         _put_back(undo, e)
         raise
     finally:
-        if old.soft != new.soft and (directory := cgroups.directory("memory")) is not None:
-            carry_protection(directory)
+        if old.soft != new.soft:
+            cgroups.carry_protection()
 
 
 def _differing(given: list[Setting], wanted: list[Setting], cgroups: JobCgroups) -> list[Setting]:
     """What is to be written: the new values, and the kernel's own where there is to be no limit any more."""
-    kept = {setting[1:] for setting in given}
-    written = {(setting.file, setting.inner) for setting in wanted}
-    changed = [setting for setting in wanted if setting[1:] not in kept]
+    kept = {(setting.file, setting.value) for setting in given}
+    written = {setting.file for setting in wanted}
+    changed = [setting for setting in wanted if (setting.file, setting.value) not in kept]
     for setting in given:
-        if (setting.file, setting.inner) not in written:
+        if setting.file not in written:
             changed.append(setting._replace(value=_without(setting, cgroups)))
     return changed
 
@@ -99,7 +99,7 @@ def _without(setting: Setting, cgroups: JobCgroups) -> str:
     """A file's value where nothing is limited."""
     if setting.file not in _INHERITED:
         return _UNLIMITED[setting.file]
-    where = found(setting, cgroups.place)
+    where = found(setting, cgroups.directory)
     # v2's cpuset files are a wish, and an empty one is the parent's.
     return "\n" if where.has(f"{setting.file}.effective") else value_of(where.parent, setting.file)
 

@@ -262,18 +262,17 @@ class JobCgroups:
             f"cgroup {hierarchy.job(self.base, self.name).path} vanishes while being made; try again"
         )
 
-    def _limit(self, limits: Limits, cpus: str, mems: str) -> None:
-        limit_files.apply(limit_files.settings(self.layout, limits, cpus, mems), self.place)
-        if limits.soft is not None and (memory := self.directory("memory")) is not None:
-            limit_files.carry_protection(memory)
+    def carry_protection(self) -> None:
+        """v2: have the soft limits of this job and of those beside it take effect. After one was set or taken away."""
+        if (directory := self.directory("memory")) is not None:
+            limit_files.carry_protection(directory, _OWN)
 
-    def place(self, setting: limit_files.Setting) -> CgroupDir | None:
-        """Where a limit of this job is written, or None where the host lacks the controller."""
-        hierarchy = self.layout.of(setting.controller)
-        if hierarchy is None:
-            return None
-        directory = hierarchy.job(self.base, self.name)
-        return _door(hierarchy, directory) if setting.inner else directory
+    def _limit(self, limits: Limits, cpus: str, mems: str) -> None:
+        limit_files.apply(limit_files.settings(self.layout, limits, cpus, mems), self.directory)
+        memory = self.directory("memory")
+        # A family by itself gives the directory `own` beside it memory files, which at first protect nothing.
+        if memory is not None and (limits.soft is not None or memory.parent.description()):
+            self.carry_protection()
 
     def _count_block_io(self) -> None:
         """v1 up to 6.4: a cgroup's throttle counters count a disk's reads, and writes, only under a rule of its own.

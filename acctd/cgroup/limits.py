@@ -27,11 +27,10 @@ class Setting(NamedTuple):
     controller: str
     file: str
     value: str
-    inner: bool = False  # v2: in the child that holds the job's processes, not in the job's own directory
 
 
-Place = Callable[[Setting], CgroupDir | None]
-"""Where a setting is to be written, or None where this host has no such controller."""
+Place = Callable[[str], CgroupDir | None]
+"""The job's directory for a controller, or None where this host has no such controller."""
 
 
 def settings(layout: Layout, limits: Limits, cpus: str = "", mems: str = "") -> list[Setting]:
@@ -83,13 +82,11 @@ def _v1_memory(limits: Limits) -> list[Setting]:
 def v2_settings(limits: Limits, cpus: str = "", mems: str = "") -> list[Setting]:
     """The same on v2. The soft limit is memory.low: what the job keeps when the host or its parent runs short.
 
-    Not memory.high, which would slow the job down although there is memory enough. memory.low is needed by the child
-    with the processes too: without the mount option memory_recursiveprot a cgroup's protection ends at its children.
+    Not memory.high, which would slow the job down although there is memory enough. See carry_protection().
     """
     out = []
     if limits.soft is not None:
         out.append(Setting("memory_soft", "memory", "memory.low", str(limits.soft)))
-        out.append(Setting("memory_soft", "memory", "memory.low", str(limits.soft), inner=True))
     if limits.swap is not None and limits.memory_policy != "none":
         out.append(Setting("swap", "memory", "memory.swap.max", str(limits.swap)))
     if limits.hard is not None:
@@ -152,7 +149,7 @@ def found(setting: Setting, place: Place) -> CgroupDir:
 
     NotFoundError where the whole cgroup is gone.
     """
-    where = place(setting)
+    where = place(setting.controller)
     if where is None:
         raise UnavailableError(
             f"{setting.limit} cannot be limited: this host has no {setting.controller} controller; leave it out"
@@ -196,19 +193,30 @@ def value_of(where: CgroupDir, file: str) -> str:
     return (where.read(file) or b"").decode().strip()
 
 
-def carry_protection(job: CgroupDir) -> None:
-    """v2: let the cgroups above a job's directory protect what the jobs inside them protect; v1 has nothing of it.
+def carry_protection(job: CgroupDir, own: str) -> None:
+    """v2: have a job's memory.low take effect; v1 has nothing of it. `own`: the child that a job's processes are in.
 
-    memory.low counts for no more than that of the cgroup above, which is 0 by itself. Written is the sum of what the
-    directories inside say, and not more: under memory_recursiveprot the rest would go to those over their limit. Only
-    where acctd made the directory, and not where it is a job, which has a limit of its own.
+    memory.low counts for no more than that of the cgroup above, which is 0 by itself, and without the mount option
+    memory_recursiveprot it ends at a cgroup's children. So it is passed on to `own`, of this job and of the one it is
+    in (which has memory files once there are families), and up to each directory that acctd made: the sum of those
+    inside, and not more, because under memory_recursiveprot the rest would go to whoever is over.
     """
+    _protect_own(job, own)
     above = job.parent if job.parts else job
-    while above.parts and above.has("memory.low") and above.marked() and not above.description():
+    while above.parts and above.has("memory.low") and above.marked():
+        if above.description():
+            _protect_own(above, own)  # a job, whose own limit says what it passes on to families
+            return
         while value_of(above, "memory.low") != (together := _protected(above)):
             # Compared again after writing: a neighbour may have summed up before our job was there and written after.
             above.write("memory.low", together)
         above = above.parent
+
+
+def _protect_own(job: CgroupDir, own: str) -> None:
+    inside, low = job.child(own), value_of(job, "memory.low")
+    if inside.has("memory.low") and value_of(inside, "memory.low") != low:
+        inside.write("memory.low", low)
 
 
 def _protected(above: CgroupDir) -> str:

@@ -85,11 +85,6 @@ def test_v1_has_no_limit_of_swap_without_one_of_memory():
     assert files(v2_settings(hard("soft", swap=1 << 20)))["memory.swap.max"] == "1048576"
 
 
-def test_v2_protects_the_child_with_the_processes_too():
-    low = [setting for setting in v2_settings(hard("soft")) if setting.file == "memory.low"]
-    assert [(setting.value, setting.inner) for setting in low] == [("67108864", False), ("67108864", True)]
-
-
 def test_memory_on_v2_and_the_rest_on_v1(tmp_path):
     """Any division of controllers: what v1 alone cannot have is no obstacle where memory is on v2."""
     tops = [CgroupDir(tmp_path / name) for name in ("v1", "v2")]
@@ -202,5 +197,5 @@ def test_absent_controllers_and_files_say_which_limit_to_leave_out(cgroup):
 def test_v1_carries_no_protection_up(cgroup):
     job = cgroup.child("base").child("job")
     job.path.mkdir(parents=True)
-    carry_protection(job)
+    carry_protection(job, "own")
     assert list(job.parent.path.iterdir()) == [job.path]

@@ -9,10 +9,10 @@ from pathlib import Path
 INSIDE = Path(__file__).with_name("inside")
 
 LANES: dict[str, tuple[str, ...]] = {
-    "v2": ("inside_v2.py", "inside_any.py", "inside_nat.py"),
-    "joined": ("inside_any.py", "inside_nat.py"),
+    "v2": ("inside_v2.py", "inside_any.py", "inside_nat.py", "inside_limits.py", "inside_soft.py"),
+    "joined": ("inside_any.py", "inside_nat.py", "inside_soft.py"),
     "single": ("inside_any.py",),
-    "divided": ("inside_any.py",),
+    "divided": ("inside_any.py", "inside_nfs.py"),
     "numa": ("inside_cpus.py",),
     "systemd": ("inside_systemd.py", "inside_rebooted.py"),
 }
