@@ -120,7 +120,7 @@ def test_limits_are_in_force_and_recorded(node: Node) -> None:
     limits = json.loads((node.directory / "r").read_text())["limits"]
     assert limits == {
         "memory": 64 << 20, "memory_soft": 32 << 20, "swap": None,
-        "cpus": 0.5, "cpu_shares": 512, "cpuset": "0", "pids": 20,
+        "cpus": 0.5, "cpu_burst": None, "cpu_shares": 512, "cpuset": "0", "pids": 20, "memory_policy": "custom",
     }  # fmt: skip
 
 
