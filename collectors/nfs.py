@@ -30,6 +30,10 @@ _COMMON = frozenset(
     b"NULL RENEW SETCLIENTID SETCLIENTID_CONFIRM EXCHANGE_ID CREATE_SESSION DESTROY_SESSION SEQUENCE GET_LEASE_TIME "
     b"RECLAIM_COMPLETE BIND_CONN_TO_SESSION DESTROY_CLIENTID".split()
 )
+_NEVER = b": 0 0 0 0 0 0 0 0"
+"""In the line of a request that was never made; most of seventy never are."""
+
+_FRESH = 0.01  # s
 _ROUNDING = 1.0  # s; an age is in whole seconds, cut off
 
 
@@ -69,6 +73,8 @@ def _mount(point: str, head: bytes, body: bytes, path: str) -> MountStats:
     totals = {b"READ": 0, b"WRITE": 0}
     operations = milliseconds = server = 0
     for line in body.split(b"\n"):
+        if _NEVER in line:
+            continue
         words = line.split()
         if not words:
             continue
@@ -102,6 +108,7 @@ class NfsHost:
 
     def __init__(self) -> None:
         self._host: dict[Id, Tables] = {}
+        self._foreign, self._asked = True, 0.0
         self._mounted: tuple[list[list[Mount]], frozenset[str]] = [], frozenset()
         self._devices: dict[str, frozenset[str]] = {}
         self._parents: dict[str, str | None] = {}
@@ -111,6 +118,20 @@ class NfsHost:
     def loaded(self) -> bool:
         """Whether the kernel's NFS client is there at all; without it there is nothing to look for."""
         return os.path.lexists("/proc/fs/nfsfs")
+
+    def foreign(self) -> bool:
+        """Whether a file system may be mounted somewhere that is not mounted here, as far as NFS is among such.
+
+        The kernel lists what writes back by itself, in every namespace; NFS by its device. An answer serves for a
+        while, so that a tick over a thousand jobs asks some times and not a thousand.
+        """
+        if (now := time.monotonic()) > self._asked + _FRESH:
+            try:
+                devices = {name for name in os.listdir("/sys/class/bdi") if name.startswith("0:")}
+            except FileNotFoundError:
+                devices = {"?"}  # no sysfs here: it cannot be told
+            self._foreign, self._asked = bool(devices - self.mounted()), now
+        return self._foreign
 
     def is_ours(self, found: Id) -> bool:
         """Whether a mount namespace is this process's or that of the host's first one."""
@@ -175,7 +196,10 @@ class NfsHost:
     def _tables(self) -> Mapping[Id, Tables]:
         if not self._host:
             for pid in ("self", "1"):
-                tables = Tables(pid)
+                try:
+                    tables = Tables(pid)
+                except PermissionError:
+                    continue  # a container's first process may have rights that we have not
                 if self._host.setdefault(tables.id, tables) is not tables:
                     tables.close()
         return self._host
@@ -184,14 +208,14 @@ class NfsHost:
 class Superblock:
     """One mounted file system that a job sees, and where its counters stood when they were read last."""
 
-    __slots__ = ("born", "counted", "label", "last", "shared")
+    __slots__ = ("born", "counted", "hosted", "label", "last")
 
     def __init__(self, label: str, born: float, last: Counts) -> None:
         self.label = label
         self.born = born  # CLOCK_MONOTONIC, the latest that it can have been
         self.last = last
         self.counted = False
-        self.shared = False  # at that reading
+        self.hosted = False  # at that reading the host had it too
 
     def is_still(self, born: float, counts: Counts) -> bool:
         """Whether this is the one read before: a device number is soon given again."""
@@ -220,7 +244,10 @@ class NfsReader:
         """
         self._host, self._job, self._pids, self._age, self._note = host, job, pids, age, note
         self._held: dict[Id, Tables] = {}
+        self._looked = False  # at any process
         self._known: dict[str, Superblock] = {}
+        # Outlives a call that raises: what was read before the bad table must not be lost.
+        self._changed: Readings = {}
         self._totals: dict[str, list[int]] = {}
         for (metric, label), value in last.items():
             self._totals.setdefault(label, [0] * len(METRICS))[METRICS.index(metric)] = value
@@ -232,18 +259,21 @@ class NfsReader:
         """What changed since the last call, in one dict. Raises MalformedFile, OSError where a table cannot be read."""
         if not self._host.loaded():
             return []
+        # At first in any case, so that what it mounts later in a namespace that it began in is seen to its end.
+        if self._looked and not self._held and not self._host.foreign():
+            return []
         deserted = self._look()
         if not self._held:
             return []
-        readings: Readings = {}
         try:
             self._host.has(self._job, self._devices())
             for device, stats in self._read():
-                self._take(device, stats, readings)
+                self._take(device, stats)
         finally:
             for tables in deserted:
                 self._let_go(tables)
-        return [readings] if readings else []
+        changed, self._changed = self._changed, {}
+        return [changed] if changed else []
 
     def close(self) -> None:
         """Let its namespaces go."""
@@ -255,6 +285,7 @@ class NfsReader:
         """Hold the namespaces that its processes are in; those in which no process is any more."""
         inhabited = set()
         for pid in self._pids():
+            self._looked = True
             found = namespace(pid)
             if found is None or found in inhabited or self._host.is_ours(found):
                 continue
@@ -295,22 +326,21 @@ class NfsReader:
                             yield mount.device, each
                     break
 
-    def _take(self, device: str, stats: MountStats, readings: Readings) -> None:
+    def _take(self, device: str, stats: MountStats) -> None:
         born = time.monotonic() - stats.age
         known = self._known.get(device)
         if known is None or not known.is_still(born, stats.counts):
             known = self._known[device] = Superblock(stats.point, born, self._start(device, born, stats))
         known.born = born
         before, known.last = known.last, stats.counts
-        was, known.shared = known.shared, self._is_shared(device, known)
-        if was or known.shared or (known.counted and before == stats.counts):
+        if self._was_shared(device, known) or (known.counted and before == stats.counts):
             return
         totals = self._totals.setdefault(known.label, [0] * len(METRICS))
         known.counted = True
         self._host.counted(device, known)
         for index, metric in enumerate(METRICS):
             totals[index] += stats.counts[index] - before[index]
-            readings[metric, known.label] = totals[index]
+            self._changed[metric, known.label] = totals[index]
 
     def _start(self, device: str, born: float, stats: MountStats) -> Counts:
         """From where on a superblock that this reader has not seen before is counted."""
@@ -324,8 +354,10 @@ class NfsReader:
             return (0,) * len(METRICS)
         return tuple(min(pair) for pair in zip(claimed, stats.counts, strict=True))
 
-    def _is_shared(self, device: str, known: Superblock) -> bool:
-        if device in self._host.mounted():
+    def _was_shared(self, device: str, known: Superblock) -> bool:
+        """Whether others had it too at any time since it was read last, as far as we have seen."""
+        before, known.hosted = known.hosted, device in self._host.mounted()
+        if before or known.hosted:
             if known.counted:
                 self._note(f"NFS mount {known.label} was mounted by the host too: it is counted up to then")
                 known.counted = False

@@ -12,9 +12,9 @@ _HEAD = """# Published numbers
 Made from `acctd/metrics.py` by `make docs`; do not edit. A *counter* only grows, a *peak* is the highest value seen, a
 *gauge* is what is now (gauges are shown while a job lives; its record keeps counters and peaks). All are integers in
 the unit given; an attribute that is HTCondor's own name is in HTCondor's unit, which is the division in brackets.
-Numbers per device carry the label `major:minor`, numbers per rule the rule's name; in a ClassAd the former are summed
-and the latter become one attribute a rule, such as `NetworkOutgoingInternal`. What the kernel does not count is absent,
-never 0.
+Numbers per device carry the label `major:minor`, those of NFS the mount point, numbers per rule the rule's name; in a
+ClassAd the former two are summed and the latter become one attribute a rule, such as `NetworkOutgoingInternal`. What the
+kernel does not count is absent, never 0.
 
 | name | unit | kind | ClassAd attribute | meaning |
 |---|---|---|---|---|

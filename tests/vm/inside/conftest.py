@@ -55,7 +55,7 @@ class Machine:
         return job
 
     def start(self, job: Job, *command: str) -> "subprocess.Popen[bytes]":
-        process, at = launch.start(job, command, groups=[], environ=os.environ, blocked=set())
+        process, at = launch.start(job, command, groups=[], environ=os.environ, isolation=None, blocked=set())
         self.agent.begin(job, at)
         return process
 
