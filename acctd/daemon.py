@@ -73,7 +73,7 @@ class Daemon:
         self._take_over()
         for deed in released(self.agent.config.runtime_dir):
             self.news.tell(
-                None, "released", f"job {deed.name} waited for memory, its agent did not act, and it is gone"
+                None, "released", f"job {deed.name}, which has ended, had waited for memory and for an agent"
             )
             deed.remove()
         self._warden.guard(self.jobs.values())
