@@ -38,13 +38,18 @@ def is_dead(pid: int) -> bool:
     """Gone, or a zombie without living threads: a leader that exited before its threads looks like a zombie too."""
     try:
         for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/stat", "rb") as stat:
-                # The command may hold spaces and parentheses: the state follows the last one.
-                if stat.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X"):
-                    return False
+            if not _is_over(f"/proc/{pid}/task/{task}/stat"):
+                return False
     except (FileNotFoundError, ProcessLookupError):
         return not os.path.exists(f"/proc/{pid}")
     return True
+
+
+def _is_over(path: str) -> bool:
+    """Whether the thread that this stat file is of has exited."""
+    with open(path, "rb") as stat:
+        # The command may hold spaces and parentheses: the state follows the last one.
+        return stat.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
 
 
 class Credentials(NamedTuple):
@@ -94,9 +99,22 @@ def environment(pid: int) -> set[bytes]:
 #   0::/acctd/job_42.0
 def cgroups(pid: int) -> list[str]:
     """The paths of the cgroups that a process is in, one a hierarchy; none if it is gone."""
+    found = _cgroups(f"/proc/{pid}/cgroup")
+    if "/" in found:
+        # v1 shows a leader that has exited at the top of every hierarchy, whatever its other threads are in.
+        try:
+            for task in os.listdir(f"/proc/{pid}/task"):
+                if task != str(pid) and not _is_over(f"/proc/{pid}/task/{task}/stat"):
+                    return _cgroups(f"/proc/{pid}/task/{task}/cgroup") or found
+        except (FileNotFoundError, ProcessLookupError):
+            return found
+    return found
+
+
+def _cgroups(path: str) -> list[str]:
     try:
         # As bytes: a name may be no UTF-8, and what text mode takes for the end of a line, \r, may stand in one.
-        with open(f"/proc/{pid}/cgroup", "rb") as lines:
+        with open(path, "rb") as lines:
             return [os.fsdecode(line.rstrip(b"\n").split(b":", 2)[2]) for line in lines]
     except (FileNotFoundError, ProcessLookupError):
         return []
