@@ -13,7 +13,7 @@ Made from `acctd/metrics.py` by `make docs`; do not edit. A *counter* only grows
 *gauge* is what is now (gauges are shown while a job lives; its record keeps counters and peaks). All are integers in
 the unit given; an attribute that is HTCondor's own name is in HTCondor's unit, which is the division in brackets.
 Numbers per device carry the label `major:minor`, those of NFS the mount point, numbers per rule the rule's name; in a
-ClassAd the former two are summed and the latter become one attribute a rule, such as `NetworkOutgoingInternal`. What the
+ClassAd the first two are summed and the last become one attribute a rule, such as `NetworkOutgoingInternal`. What the
 kernel does not count is absent, never 0.
 
 | name | unit | kind | ClassAd attribute | meaning |
