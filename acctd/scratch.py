@@ -77,15 +77,16 @@ class Trash:
             if not os.path.lexists(path) and not os.path.lexists(trash / path.name):
                 return
             private.make(path.parent)
-            private.make(trash)
-            try:
-                path.rename(trash / path.name)
-            except FileNotFoundError:
-                pass  # it is in the trash already, or was never made
-            if self._wait:
-                with _directory(trash) as top:
+            if not os.path.lexists(trash):
+                private.make(trash)
+            with _directory(trash) as top:
+                try:
+                    os.rename(path, path.name, dst_dir_fd=top)
+                except FileNotFoundError:
+                    pass  # an acctd that was killed got as far as that
+                if self._wait:
                     _dispose(top, path.name)
-            else:
+            if not self._wait:
                 self.empty(path.parent)
         except OSError as e:
             raise KernelRefusedError(f"scratch {path} cannot be removed: {e.strerror}; remove it by hand") from e
@@ -137,7 +138,10 @@ def _dispose(trash: int, name: str) -> None:
                         _forgiving(os.unlink, inner, top)
     except FileNotFoundError:
         return  # another acctd was faster
-    _forgiving(os.rmdir, name, trash)
+    except NotADirectoryError:
+        _forgiving(os.unlink, name, trash)  # nothing of ours; what it may lead to is not touched
+    else:
+        _forgiving(os.rmdir, name, trash)
 
 
 def _flatten(top: int, name: str) -> None:

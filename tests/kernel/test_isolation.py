@@ -328,11 +328,13 @@ def test_signals_reach_the_command(way: Way, name: str) -> None:
 
 def test_a_stop_is_seen_and_ended_by_the_starter(hook: ByHook) -> None:
     script = "echo ready; read word; echo $word"
-    process = hook.start({"pid_namespace": True}, "sh", "-c", script, stdin=subprocess.PIPE)
+    # A group of its own, because the kernel stops none that has no parent outside, as a test in the background is.
+    process = hook.start({"pid_namespace": True}, "sh", "-c", script, stdin=subprocess.PIPE, process_group=0)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTSTP)
-    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    flags = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+    until(lambda: os.waitid(os.P_PID, process.pid, flags) is not None, "it is seen to have stopped")
     job = hook.served.ok("List")["jobs"][0]["id"]
     (inside,) = hook.served.ok("Signal", job=job, signal=int(signal.SIGURG))["pids"]
     assert Path(f"/proc/{inside}/stat").read_text().rpartition(")")[2].split()[0] == "T"

@@ -9,7 +9,14 @@ from pathlib import Path
 INSIDE = Path(__file__).with_name("inside")
 
 LANES: dict[str, tuple[str, ...]] = {
-    "v2": ("inside_v2.py", "inside_any.py", "inside_nat.py", "inside_limits.py", "inside_soft.py", "inside_isolation.py"),
+    "v2": (
+        "inside_v2.py",
+        "inside_any.py",
+        "inside_nat.py",
+        "inside_limits.py",
+        "inside_soft.py",
+        "inside_isolation.py",
+    ),
     "joined": ("inside_any.py", "inside_nat.py", "inside_soft.py"),
     "single": ("inside_any.py",),
     "divided": ("inside_any.py", "inside_nfs.py"),
