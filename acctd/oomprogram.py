@@ -63,6 +63,8 @@ class Asking:
 
 def ask(program: str, facts: Mapping[str, Any], timeout: float) -> Asking:
     """Start the program; it has `timeout` seconds. Raises AcctdError where it cannot be started."""
+    if (why := unusable(program)) is not None:
+        raise AcctdError(why)
     try:
         # In a session of its own, so that what it starts can be ended with it.
         process = subprocess.Popen(
@@ -74,6 +76,19 @@ def ask(program: str, facts: Mapping[str, Any], timeout: float) -> Asking:
     told = msgspec.json.encode(facts) + b"\n"
     threading.Thread(target=_wait, args=(asking, program, told, timeout, os.dup(asking.fileno())), daemon=True).start()
     return asking
+
+
+def unusable(program: str) -> str | None:
+    """Why root should not run it, as a sentence; None where it may."""
+    try:
+        found = os.stat(program)
+    except OSError as e:
+        return f"oom.program {program} cannot be looked at: {e.strerror}; see the configuration"
+    if found.st_uid != 0 or found.st_mode & 0o022:
+        return f"oom.program {program} can be changed by others than root; give it to root, with mode 0755"
+    if not os.access(program, os.X_OK):
+        return f"oom.program {program} is not executable; give it mode 0755"
+    return None
 
 
 def _wait(asking: Asking, program: str, facts: bytes, timeout: float, ended: int) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import click
 
 from acctd import config as configuration
+from acctd import oomprogram
 from acctd.cgroup.layout import Layout, discover
 from acctd.cli.output import emit
 from acctd.config import Config
@@ -35,7 +36,7 @@ def command(config_path: str | None) -> int:
     """Say what this host can do, and what to do about what it cannot. Exits 69 where a job could not be run."""
     config = configuration.load(config_path, os.environ)
     missing = False
-    for look in (_privilege, _hierarchies, _block_io, _netfilter, _namespaces, _forwarding, _resolver, _bpf):
+    for look in _LOOKS:
         for finding in look(config):
             missing |= finding.state == "missing"
             emit(f"{finding.state:<8}{finding.subject:<22}{finding.text}")
@@ -78,6 +79,38 @@ def _memory_details(layout: Layout) -> Iterator[Finding]:
         yield Finding("pressure", "note", "no pressure files; they need cgroup v2 mounted and a kernel with psi=1")
     else:
         yield Finding("pressure", "ok", "stall times are counted")
+
+
+def _out_of_memory(config: Config) -> Iterator[Finding]:
+    try:
+        layout = discover(config.cgroup.controllers)
+    except AcctdError:
+        return  # said above
+    memory = layout.of("memory")
+    if memory is not None and memory.version == 1:
+        yield Finding("out of memory", "ok", f"jobs wait for acctd, {config.oom.default.deadline:g} s at most")
+    elif memory is not None:
+        yield Finding(
+            "out of memory", "ok", "jobs are slowed down at their limit; a little above it the kernel ends them"
+        )
+    if layout.of("freezer") is None:
+        yield Finding("freezer", "note", "none: jobs cannot be suspended, and are not stopped while evidence is taken")
+    program = config.oom.program
+    if program is not None and (why := oomprogram.unusable(program)) is not None:
+        yield Finding("oom.program", "missing", why)
+
+
+def _killing(config: Config) -> Iterator[Finding]:
+    try:
+        layout = discover(config.cgroup.controllers)
+    except AcctdError:
+        return  # said above
+    if layout.unified is None and layout.of("freezer") is None:
+        yield Finding(
+            "killing", "note", "neither cgroup v2 nor a freezer: what forks quickly is chased process by process"
+        )
+    else:
+        yield Finding("killing", "ok", "no fork can outrun it")
 
 
 def _block_io(config: Config) -> Iterator[Finding]:
@@ -166,3 +199,9 @@ def _bpf(_: Config) -> Iterator[Finding]:
         yield Finding("bpf", "note", "this kernel has no bpf(2): no byte counts for jobs in the host's network")
     else:
         yield Finding("bpf", "ok", "bpf(2) is there")
+
+
+_LOOKS = (
+    *(_privilege, _hierarchies, _out_of_memory, _killing, _block_io, _netfilter, _namespaces, _forwarding, _resolver),
+    _bpf,
+)

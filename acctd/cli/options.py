@@ -55,5 +55,5 @@ def _value(name: str, text: str) -> object:
             return int(text) if name in _WHOLE else float(text)
         except ValueError:
             example = "512" if name in _WHOLE else "1.5"
-            raise UsageError(f"{name} {text!r} is no number; write it like {example}") from None
+            raise UsageError(f"--{name.replace('_', '-')} {text!r} is no number; write it like {example}") from None
     return text
