@@ -610,6 +610,52 @@ def test_another_chroots_proc_shows_nothing_of_the_host(site: Site) -> None:
     assert {name for name in done.stdout.split() if name.isdigit()} <= {"1", "2", "3"}
 
 
+def test_mounts_go_in_and_not_out(site: Site) -> None:
+    """On a host that shares its mounts, as systemd has it."""
+    late = site.node.directory / "late"
+    late.mkdir()
+    (site.small / "late").mkdir(exist_ok=True)
+    share = ["sh", "-c", "mount --make-rshared / && echo up; exec sleep 1000"]
+    holder = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", *share], stdout=subprocess.PIPE, text=True
+    )
+
+    def mounts() -> list[str]:
+        lines = Path(f"/proc/{holder.pid}/mountinfo").read_text().splitlines()
+        return [line for line in lines if "/run/netns" not in line]  # other tests make and remove those
+
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "up\n"
+        there = ["nsenter", f"--mount=/proc/{holder.pid}/ns/mnt"]
+        before = mounts()
+        script = f"echo up; read _; ls {late} /late; read _"
+        for isolation, shown in ((["--scratch", "/tmp"], f"{late}:"), (["--chroot", "small"], "/late:")):
+            argv = [*there, *site.node.argv("run", "-q", "--network", "host", "--pid-namespace", *isolation), "--"]
+            with subprocess.Popen(
+                [*argv, "sh", "-c", script], env=site.node.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, text=True,
+            ) as process:  # fmt: skip
+                assert process.stdout is not None
+                assert process.stdin is not None
+                assert process.stdout.readline() == "up\n"
+                assert mounts() == before
+                where = str(late) if shown == f"{late}:" else str(site.small / "late")
+                subprocess.run([*there, "mount", "-t", "tmpfs", "late", where], check=True)
+                subprocess.run([*there, "touch", f"{where}/it-is-here"], check=True)
+                process.stdin.write("\n")
+                process.stdin.flush()
+                lines = [process.stdout.readline().strip() for _ in range(2)]
+                assert "it-is-here" in lines, lines
+                # And the host can take it away again while the job runs.
+                subprocess.run([*there, "umount", where], check=True)
+                process.communicate("\n", timeout=30)
+            assert mounts() == before
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
 def test_set_user_id_gives_nothing(way: Way) -> None:
     script = f"{way.site.home}/id -u"
     in_chroot = "/data/id -u"
