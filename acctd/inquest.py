@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from acctd.cgroup import evidence
+from acctd.cgroup.memory import JobMemory
 from acctd.job import Job
 from acctd.policies import OomLevel, Shortage
 from acctd.wording import sentence
@@ -31,7 +32,8 @@ def examine(
     memory = evidence.breakdown(directory) if directory else None
     found = evidence.largest(job.cgroups.members(), budget=budget)
     limits = job.spec.limits
-    usage = None if memory is None else sum(memory.get(kind, 0) for kind in ("anon", "shmem", "file", "kernel", "sock"))
+    # Not the sum of the kinds, which the kernel lets be some MB behind.
+    usage = JobMemory(directory, directory).usage() if directory and memory is not None else None
     shortage = Shortage(
         time=time.time(),
         level="host" if host else "job",

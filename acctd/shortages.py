@@ -261,7 +261,8 @@ class Shortages:
         job = watched.job
         last = job.meter.last((MEMORY_RESIDENT, MEMORY_KERNEL, MEMORY_OOM_KILLS))
         kills = last.pop((MEMORY_OOM_KILLS, ""), 0)
-        self._warn(watched, sum(last.values()))
+        if not watched.ending:  # memory.stat lags behind, and would tell of what is gone
+            self._warn(watched, sum(last.values()))
         if kills > job.kills_told:
             if watched.out is not None:
                 # The starter may be quicker than we are: what was said is heard before the account is closed.
@@ -439,9 +440,8 @@ class Shortages:
 
     def _let_loose(self, watched: _Watched) -> None:
         """Let the kernel's killer decide, until the job is well below its limit again."""
-        if watched.limit is not None:
-            watched.memory.disarm(watched.limit)
-            watched.loose = True
+        watched.memory.disarm()
+        watched.loose, watched.last = True, time.monotonic()
 
     # The site's program
 
@@ -506,7 +506,7 @@ class Shortages:
             if answer.reason:
                 self._tell(job, "memory", f"the site says: {answer.reason}")
             if answer.action == "kernel":
-                self._keep(job, replace(shortage, action=_KILLED_BY_KERNEL))
+                self._keep(job, inquest.with_kills(job, replace(shortage, action=_KILLED_BY_KERNEL), 0))
                 self._let_loose(watched)
                 self._thaw(watched)
             elif answer.action == "grow" and self._grow(watched, answer.memory):
@@ -519,7 +519,7 @@ class Shortages:
     def _release(self, watched: _Watched) -> None:
         """Nobody has decided in time."""
         job = watched.job
-        self._keep(job, self._examine(job, "released", said={"waited": _patience(job)}))
+        self._keep(job, self._examine(job, "released", said={"waited": job.spec.oom.deadline}))
         self._let_loose(watched)
         self._thaw(watched)
 
@@ -536,7 +536,7 @@ class Shortages:
                     self._thaw(watched)
                     watched.loose = True
                 elif deed.what == "unguarded":
-                    watched.memory.disarm(watched.limit or 0)
+                    watched.memory.disarm()
                     self._trouble(watched.job, f"no guardian can watch it ({deed.text}); the kernel decides")
             deed.remove()
 

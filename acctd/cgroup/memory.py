@@ -84,23 +84,26 @@ class JobMemory:
         self.directory.write("memory.high", str(limit))
         self.directory.write("memory.max", str(limit + margin(limit)))
 
-    def disarm(self, limit: int) -> None:
-        """Let the kernel's own killer act, at this limit, on a process at a time."""
+    def disarm(self) -> None:
+        """Let the kernel's own killer act, on a process at a time.
+
+        v2: at the end of the margin. Were memory.max set to the limit again, the kernel would kill within this very
+        write until the use is below it, and whoever writes waits for that.
+        """
         if self.v1:
             self.directory.write("memory.oom_control", "0")
             return
         if self.directory.has("memory.oom.group"):
             self.directory.write("memory.oom.group", "0")
-        self.directory.write("memory.max", str(limit))
         self.directory.write("memory.high", "max")
 
     def is_well_below(self, limit: int) -> bool:
         """Whether a shortage that there was is over, and the next one is another one."""
-        return not self.troubles().waiting and self.held() < limit - margin(limit)
+        return not self.troubles().waiting and self.held() < limit - limit // 16
 
     def is_exhausted(self, limit: int) -> bool:
         """v2: whether it is at its limit, and dropping page cache or swapping would not help."""
-        return self.held() >= limit - margin(limit) // 4 and self._swap_left() < margin(limit)
+        return self.held() >= limit - limit // 64 and self._swap_left() < margin(limit)
 
     def _swap_left(self) -> int:
         used, most = self._text("memory.swap.current"), self._text("memory.swap.max")
@@ -117,9 +120,9 @@ def margin(limit: int) -> int:
     """Bytes between a job's limit and where the kernel kills, on v2: the room that acctd has to act in.
 
     A sixteenth: at its end the kernel makes a process wait some 250 ms for each 256 KiB. 512 MiB at most, which no job
-    fills in the time that acctd takes.
+    fills in the time that acctd takes; and 8 MiB at least, since each process takes 256 KiB before it waits at all.
     """
-    return max(mmap.PAGESIZE, min(limit // 16, 512 << 20) // mmap.PAGESIZE * mmap.PAGESIZE)
+    return max(8 << 20, min(limit // 16, 512 << 20) // mmap.PAGESIZE * mmap.PAGESIZE)
 
 
 def _counts(text: bytes | None) -> dict[str, int]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from acctd import config as configuration
 from acctd.agent import Agent
+from acctd.config import Config
 from acctd.daemon import Daemon
 from acctd.job import Ending, Job
 from acctd.model import JobSpec, Limits, Owner, Record
@@ -67,18 +68,31 @@ class Hog:
 class Living:
     """The agent. Close it: all jobs are finished, and the loop ends."""
 
-    def __init__(self, directory: Path, base: str, oom: str = "") -> None:
-        """`oom` is the configuration's table of this name, as text."""
-        config = directory / "living.toml"
-        config.write_text(
-            f'state_dir = "{directory}/state"\nruntime_dir = "{directory}/run"\nsocket = "{directory}/run/s"\n'
-            f'[cgroup]\nbase = "{base}"\n[oom]\n{oom}\n'
-        )
-        self.directory = directory
-        self._config = configuration.load(str(config), {})
+    def __init__(self, directory: Path, base: str) -> None:
+        self.directory, self.base = directory, base
+        self.program = directory / "decide"
+        """What the site decides by; written by who needs it."""
+        self._config = self._configuration("")
         self._hogs: list[Hog] = []
         self._loop = asyncio.new_event_loop()
         self.begin()
+
+    def _configuration(self, oom: str) -> Config:
+        config = self.directory / "living.toml"
+        config.write_text(
+            f'state_dir = "{self.directory}/state"\nruntime_dir = "{self.directory}/run"\n'
+            f'socket = "{self.directory}/run/s"\n[cgroup]\nbase = "{self.base}"\n'
+            f'[oom]\nprogram = "{self.program}"\n{oom}\n'
+        )
+        return configuration.load(str(config), {})
+
+    def configure(self, oom: str = "") -> None:
+        """Other lines in the configuration's table [oom], from now on."""
+        self._config = self._configuration(oom)
+        self.run(self._configured())
+
+    async def _configured(self) -> None:
+        self.daemon.reconfigure(self._config)
 
     def begin(self) -> None:
         """Start the agent, which takes over what another one left."""
@@ -97,15 +111,20 @@ class Living:
     async def _stopped(self) -> None:
         self.daemon.stop()
 
+    def clear(self) -> None:
+        """Finish what is still open."""
+        try:
+            while self.daemon.jobs:
+                self.run(self.daemon.finish(next(iter(self.daemon.jobs.values())), Ending()))
+        finally:
+            while self._hogs:
+                self._hogs.pop().close()
+
     def close(self) -> None:
         try:
-            for job in sorted(self.daemon.jobs.values(), key=lambda job: -job.row.seq):
-                if self.daemon.jobs.get(job.spec.id) is job:
-                    self.run(self.daemon.finish(job, Ending()))
+            self.clear()
             self.stop()
         finally:
-            for hog in self._hogs:
-                hog.close()
             self._loop.close()
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
@@ -130,9 +149,7 @@ class Living:
 
     # Jobs
 
-    def job(
-        self, name: str, memory: int | None = None, oom: OomPolicy | None = None, parent: str | None = None
-    ) -> Job:
+    def job(self, name: str, memory: int | None = None, oom: OomPolicy | None = None, parent: str | None = None) -> Job:
         """A job of root's with a memory limit in MiB."""
         limits = Limits(memory=memory * MIB if memory is not None else None)
         spec = JobSpec(name, Owner(0, 0, "root"), limits, "host", parent=parent, oom=oom or OomPolicy())
