@@ -7,10 +7,14 @@ import asyncio
 import time
 
 from acctd import family
+from acctd.cgroup.change import change
 from acctd.cgroup.pushback import push_back
 from acctd.errands import Errands
 from acctd.job import Job
+from acctd.model import Limits
 from acctd.shortages import Shortages
+
+_V1_LIMIT = "memory.limit_in_bytes"
 
 
 class Alarms(Shortages):
@@ -30,6 +34,17 @@ class Alarms(Shortages):
         asyncio.get_running_loop().remove_reader(self.fileno())
         self._errands.close()
         super().close()
+
+    def take_over(self, job: Job) -> None:
+        """Listen to a job that another agent had. Raises as listen() does.
+
+        One that died while it pushed the job back has left it with a low limit.
+        """
+        memory, limits = job.cgroups.directory("memory"), job.spec.limits
+        if job.row.parent is not None and limits.soft is not None and memory is not None and memory.has(_V1_LIMIT):
+            pushed, meant = Limits(memory=limits.soft), Limits(memory=limits.hard)
+            change(job.cgroups, pushed, meant, reclaim=True)
+        self.listen(job)
 
     def under_pressure(self, job: Job) -> None:
         """Push those families back that are over their soft limits, before the job reaches its own limit (v1)."""

@@ -91,7 +91,7 @@ class Daemon:
             self._keep_watch(job)
             self._relays.open(job)
             with self._telling(job):
-                self._shortages.listen(job)
+                self._shortages.take_over(job)
             # Before anything is mended: the kernel went on counting.
             with self._telling(job):
                 self.agent.read_one(job)

@@ -215,10 +215,13 @@ class JobCgroups:
         """
         deadline = time.monotonic() + timeout
         for hierarchy, directory in self.all():
+            protects = hierarchy.version == 2 and limit_files.value_of(directory, "memory.low") not in ("", "0")
             while not all([cgroup.remove() for cgroup in directory.subtree()]):
                 if time.monotonic() > deadline:
                     return False
                 time.sleep(0.001)
+            if protects:
+                limit_files.carry_up(directory.parent, _OWN)
             _tidy(hierarchy, self.base)
         return True
 

@@ -202,7 +202,11 @@ def carry_protection(job: CgroupDir, own: str) -> None:
     inside, and not more, because under memory_recursiveprot the rest would go to whoever is over.
     """
     _protect_own(job, own)
-    above = job.parent if job.parts else job
+    carry_up(job.parent if job.parts else job, own)
+
+
+def carry_up(above: CgroupDir, own: str) -> None:
+    """The part of it that is above a job: also when that is gone, and protects nothing any more."""
     while above.parts and above.has("memory.low") and above.marked():
         if above.description():
             _protect_own(above, own)  # a job, whose own limit says what it passes on to families
