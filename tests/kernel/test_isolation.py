@@ -5,6 +5,7 @@ And what a job may try against each. Jobs are an ordinary user's; for root's own
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 
 from tests.kernel.conftest import REPO, Node, make_node, scrub
 from tests.kernel.served import Served
+from tests.kernel.test_run import _read_until
 from tests.unit.test_hook import Installed, install
 
 NOBODY = 65534
@@ -341,6 +343,22 @@ def test_a_stop_is_seen_and_ended_by_the_starter(hook: ByHook) -> None:
     process.send_signal(signal.SIGCONT)
     assert process.communicate("on\n", timeout=30)[0] == "on\n"
     assert process.returncode == 0
+
+
+def test_a_terminal_is_the_commands_own_and_control_c_reaches_it_once(site: Site) -> None:
+    pid, fd = pty.fork()
+    if pid == 0:
+        script = "trap 'echo once; exit 3' INT; test -t 0 && tty && echo terminal; while :; do sleep 0.05; done"
+        argv = ["env", "--default-signal", *site.node.argv("run", "-q", "--network", "host", "--pid-namespace", "--")]
+        os.execvpe(argv[0], [*argv, "sh", "-c", script], site.node.environ)  # noqa: S606
+    seen = _read_until(fd, b"terminal")
+    os.write(fd, b"\x03")
+    status = os.waitpid(pid, 0)[1]
+    seen += _read_until(fd, b"once")
+    assert seen.count(b"once") == 1
+    assert b"/dev/pts/" in seen
+    assert os.waitstatus_to_exitcode(status) == 3
+    os.close(fd)
 
 
 def test_signals_are_as_the_starter_left_them(way: Way) -> None:
