@@ -22,6 +22,7 @@ from pathlib import Path
 from acctd.job import Job
 from bench.report import machine, median, spread, table
 from bench.world import World, enough_descriptors
+from collectors.reader import Reader
 
 HERE = Path(__file__).parent
 
@@ -51,8 +52,9 @@ def listed(path: str) -> str:
 
 
 def files(jobs: list[Job]) -> list[str]:
-    """Every counter file that the agent keeps open for these jobs."""
-    return [source.file.path for job in jobs for reader in job.readers for source in reader._sources]
+    """Every counter file of a cgroup that the agent keeps open for these jobs."""
+    readers = [reader for job in jobs for reader in job.readers if isinstance(reader, Reader)]
+    return [source.file.path for reader in readers for source in reader._sources]
 
 
 class Peer:
