@@ -98,9 +98,11 @@ class Weight:
 class Served:
     """A node and its agent. Use as a context manager; leaves by exception, SIGINT or SIGTERM clean up too."""
 
-    def __init__(self, backend: str = "auto", interval: float = 10.0) -> None:
+    def __init__(self, backend: str = "auto", interval: float = 10.0, program: Sequence[str] = ("-m", "acctd")) -> None:
+        """`program` is what Python is told to run as the agent."""
         self.base = f"acctdbench-{os.getpid()}-{next(_serial)}"
         self._settings = backend, interval
+        self._program = program
         self._open = contextlib.ExitStack()
         self._sleepers: dict[str, subprocess.Popen[bytes]] = {}
         self.prefix = f"bench{os.getpid()}n"  # of the standing jobs' ids: two benchmarks at a time can be told apart
@@ -186,7 +188,7 @@ class Served:
         environ |= {"ACCTD_CONFIG": str(self._config), "PYTHONPATH": str(REPO)}
         with open(self.directory / "log", "wb") as log:
             # As installed: PYTHONDEVMODE and the like of whoever benchmarks are not the agent's cost.
-            self._agent = self.popen([sys.executable, "-m", "acctd", "serve"], env=environ, stderr=log)
+            self._agent = self.popen([sys.executable, *self._program, "serve"], env=environ, stderr=log)
         deadline = time.monotonic() + 60
         while not self._answers():
             if self._agent.poll() is not None or time.monotonic() > deadline:
