@@ -3,6 +3,7 @@
 Looks at a job's cgroup and its processes. Hears of nothing and does nothing about it; that is shortages.py's.
 """
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from dataclasses import replace
 from acctd.cgroup import evidence
 from acctd.cgroup.memory import JobMemory
 from acctd.job import Job
+from acctd.kernel import procs
 from acctd.policies import OomLevel, Shortage
 from acctd.wording import sentence
 
@@ -54,6 +56,27 @@ def with_kills(job: Job, shortage: Shortage, kills: int) -> Shortage:
     counted = replace(shortage, kills=kills)
     said = {"waited": job.spec.oom.deadline} if shortage.action == "released" else {}
     return replace(counted, text=_sentence(job, counted, said))
+
+
+def facts(job: Job, shortage: Shortage) -> dict[str, object]:
+    """What the site's program is told of it."""
+    spec = job.spec
+    return {
+        "node": os.uname().nodename,
+        "job": spec.id,
+        "owner": spec.owner.name,
+        "uid": spec.owner.uid,
+        "parent": spec.parent,
+        "tags": dict(spec.tags),
+        "ceiling": spec.oom.ceiling,
+        "deadline": spec.oom.deadline,
+        "available": procs.meminfo().get("MemAvailable"),
+        "time": shortage.time,
+        "limit": shortage.limit,
+        "usage": shortage.usage,
+        "memory": shortage.memory,
+        "processes": shortage.processes,
+    }
 
 
 def told_to(job: Job, shortage: Shortage, level: OomLevel, kills: int = 0) -> Shortage:

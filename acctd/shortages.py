@@ -5,17 +5,16 @@ hear(). What is put on record is inquest.py's; how a job is ended for good is it
 (guard.py) sees that no job waits for ever for a keeper that is dead. Knows no socket and no event loop.
 """
 
-import os
 import select
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Self
 
 from acctd import inquest, oomprogram
 from acctd.agent import Agent
 from acctd.cgroup.memory import JobMemory, Troubles
+from acctd.ears import Ears
 from acctd.errors import AcctdError
 from acctd.guard import Guard, released
 from acctd.job import Job
@@ -25,7 +24,7 @@ from acctd.metrics import MEMORY_FAILCNT, MEMORY_KERNEL, MEMORY_OOM_KILLS, MEMOR
 from acctd.policies import Shortage
 from collectors.memory import MemoryReader
 
-_MUTE = 0.1  # s for which a job is not listened to that is just ending, or at its limit with page cache alone (v2)
+_MUTE = 0.1  # s for which a job is not listened to that is just ending, or at its limit with page cache alone
 _TOGETHER = 1.0  # s; a killer that strikes again within is the same shortage
 _FRESH = 60.0  # s; what the kernel killed since is put down to the last shortage, unless readings are rarer
 _REARMED_BELOW = 5  # percent below a threshold at which it may be told again
@@ -53,7 +52,7 @@ class _Watched:
     loose: bool = False  # the kernel's killer is on, until the job is well below its limit again
     frozen: bool = False  # by us
     last: float = 0.0  # monotonic, of the last shortage
-    muted: float | None = None  # until then, monotonic
+    idle: float = 0.0  # monotonic, when it last said something for nothing
     asking: oomprogram.Asking | None = None
 
     @property
@@ -70,15 +69,11 @@ class Shortages:
     def __init__(self, agent: Agent, *, tell: Tell, trouble: Trouble, end: Callable[[Job], None]) -> None:
         """`tell` and `trouble` as in news.py. `end` sees to it that all of a job goes which has had SIGKILL."""
         self._agent, self._tell, self._trouble, self._see_end = agent, tell, trouble, end
-        self._epoll = select.epoll()
+        self._ears = Ears()
         self._watched: dict[int, _Watched] = {}  # by the job's seq
-        self._heard: dict[int, Callable[[], None]] = {}  # by descriptor
         self._examined: set[int] = set()  # jobs that are being read for evidence, by seq
-        self._hearing = False
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # due() is another one
-        self._add(self._wake, select.EPOLLIN, lambda: None)
         self.guard = Guard(agent.config.runtime_dir, lambda e: trouble(None, e))
-        self._add(self.guard.fileno(), select.EPOLLIN, self._guardian_speaks)
+        self._ears.add(self.guard.fileno(), select.EPOLLIN, self._guardian_speaks)
         agent.after_reading = self.check
 
     def __enter__(self) -> Self:
@@ -89,11 +84,11 @@ class Shortages:
 
     def fileno(self) -> int:
         """Readable when hear() has something to do."""
-        return self._epoll.fileno()
+        return self._ears.fileno()
 
     def due(self) -> float | None:
         """When hear() is to be called though nothing was heard: time.monotonic(), or None."""
-        return min((w.muted for w in self._watched.values() if w.muted is not None), default=None)
+        return self._ears.due()
 
     def listen(self, job: Job) -> None:
         """From now on, also after its limits have changed, or once it was taken over. Raises AcctdError.
@@ -114,7 +109,7 @@ class Shortages:
             return
         watched.out = memevents.out_of_memory(directory)
         if watched.out is not None:
-            self._add(watched.out.fileno(), watched.out.events, lambda: self._ran_out(watched))
+            self._ears.add(watched.out.fileno(), watched.out.events, lambda: self._ran_out(watched))
         self._hear_thresholds(watched)
         if memory.troubles().waiting:
             self._act(watched)
@@ -129,16 +124,7 @@ class Shortages:
 
     def hear(self) -> None:
         """Deal with what the kernel, the guardian and programs have said. Never waits and never raises for one job."""
-        now, self._hearing = time.monotonic(), True
-        for watched in [w for w in self._watched.values() if w.muted is not None and w.muted <= now]:
-            self._unmute(watched)
-            self._see_whether_over(watched)
-        with suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
-        for fd, _ in self._epoll.poll(0):
-            if (heard := self._heard.get(fd)) is not None:
-                heard()
-        self._hearing = False
+        self._ears.hear()
 
     def check(self, job: Job) -> None:
         """After each reading of a job: what no ear tells, and thresholds where the kernel has none."""
@@ -157,53 +143,36 @@ class Shortages:
         for watched in list(self._watched.values()):
             self._let_be(watched.job)
         self.guard.close()
-        self._epoll.close()
-        os.close(self._wake)
+        self._ears.close()
 
     # Hearing
-
-    def _add(self, fd: int, events: int, heard: Callable[[], None]) -> None:
-        self._heard[fd] = heard
-        self._epoll.register(fd, events)
-
-    def _drop(self, fd: int) -> None:
-        del self._heard[fd]
-        self._epoll.unregister(fd)
 
     def _hear_thresholds(self, watched: _Watched) -> None:
         """v1: be told by the kernel when the usage crosses one, of the limit as it is now."""
         if watched.usage is not None:
-            self._drop(watched.usage.fileno())
+            self._ears.drop(watched.usage.fileno())
             watched.usage.close()
             watched.usage = None
         policy, limit = watched.job.spec.oom, watched.limit
         thresholds = [limit * percent // 100 for percent in policy.thresholds] if limit is not None else []
         if thresholds and (usage := memevents.usage_thresholds(watched.memory.directory, thresholds)) is not None:
             watched.usage = usage
-            self._add(usage.fileno(), usage.events, lambda: self._crossed(watched))
+            self._ears.add(usage.fileno(), usage.events, lambda: self._crossed(watched))
 
     def _let_be(self, job: Job) -> None:
         watched = self._watched.pop(job.row.seq, None)
         if watched is None:
             return
-        self._unmute(watched)
         for ear in watched.ears():
-            self._drop(ear.fileno())
+            self._ears.drop(ear.fileno())
             ear.close()
         self._answered(watched)
         self._thaw(watched)
 
-    def _mute(self, watched: _Watched) -> None:
-        if watched.out is not None and watched.muted is None:
-            watched.muted = time.monotonic() + _MUTE
-            self._epoll.modify(watched.out.fileno(), 0)
-            if not self._hearing:
-                os.eventfd_write(self._wake, 1)
-
-    def _unmute(self, watched: _Watched) -> None:
-        if watched.muted is not None and watched.out is not None:
-            self._epoll.modify(watched.out.fileno(), watched.out.events)
-        watched.muted = None
+    def _hear_its_end(self, watched: _Watched) -> None:
+        """Look now and then whether it has gone that was ended, and hear nothing of it meanwhile."""
+        if watched.out is not None:
+            self._ears.mute(watched.out.fileno(), _MUTE, lambda: self._see_whether_over(watched))
 
     def _ran_out(self, watched: _Watched) -> None:
         try:
@@ -225,18 +194,26 @@ class Shortages:
 
     def _hear_v2(self, watched: _Watched) -> None:
         before, watched.seen = watched.seen, (now := watched.memory.troubles())
+        armed = watched.limit if watched.job.spec.oom.action != "kernel" else None
         if now.ooms > before.ooms:
             self._killed_by_kernel(watched)
-        elif now.high > before.high and watched.job.spec.oom.action != "kernel" and watched.limit is not None:
-            if watched.memory.is_exhausted(watched.limit):
-                self._act(watched)
-            else:
-                self._mute(watched)
+        elif armed is not None and now.high > before.high and watched.memory.is_exhausted(armed):
+            self._act(watched)
+        else:
+            self._said_too_much(watched, watched.out)
+
+    def _said_too_much(self, watched: _Watched, ear: Ear | None) -> None:
+        """There was nothing to do. A job that lives at its limit with page cache says this without end."""
+        now = time.monotonic()
+        if ear is not None and now - watched.idle < _MUTE:
+            self._ears.mute(ear.fileno(), _MUTE)
+        watched.idle = now
 
     def _crossed(self, watched: _Watched) -> None:
         try:
             if watched.usage is not None and watched.usage.clear() and watched.memory.directory.exists():
                 self._warn(watched, watched.memory.held())
+                self._said_too_much(watched, watched.usage)
                 self.under_pressure(watched.job)
         except (AcctdError, OSError) as e:
             self._trouble(watched.job, e)
@@ -283,7 +260,7 @@ class Shortages:
             # What lies in a tmpfs stays when nobody is left.
             watched.ending = not over and bool(watched.job.cgroups.members())
             if watched.ending:
-                self._mute(watched)
+                self._hear_its_end(watched)
         if watched.loose and over:
             self._arm(watched)
             watched.loose = False
@@ -379,7 +356,7 @@ class Shortages:
         job.cgroups.kill(timeout=0.0)
         watched.frozen = False  # to kill is to thaw
         self.guard.thawed(job.spec.id)
-        self._mute(watched)
+        self._hear_its_end(watched)
         self._keep(job, shortage)
         self._see_end(job)
 
@@ -453,37 +430,18 @@ class Shortages:
         try:
             if program is None:
                 raise AcctdError("oom.program is not in the configuration any more")
-            asking = oomprogram.ask(program, self._facts(job, shortage), _patience(job))
+            asking = oomprogram.ask(program, inquest.facts(job, shortage), _patience(job))
         except AcctdError as e:
             self._trouble(job, e)
             self._end(watched, "held")
             return
         watched.asking = asking
-        self._add(asking.fileno(), select.EPOLLIN, lambda: self._follow(watched, shortage))
+        self._ears.add(asking.fileno(), select.EPOLLIN, lambda: self._follow(watched, shortage))
         self._tell(job, "memory", f"{program} is asked what to do: {shortage.text}")
-
-    def _facts(self, job: Job, shortage: Shortage) -> dict[str, object]:
-        spec = job.spec
-        return {
-            "node": os.uname().nodename,
-            "job": spec.id,
-            "owner": spec.owner.name,
-            "uid": spec.owner.uid,
-            "parent": spec.parent,
-            "tags": dict(spec.tags),
-            "ceiling": spec.oom.ceiling,
-            "deadline": spec.oom.deadline,
-            "available": procs.meminfo().get("MemAvailable"),
-            "time": shortage.time,
-            "limit": shortage.limit,
-            "usage": shortage.usage,
-            "memory": shortage.memory,
-            "processes": shortage.processes,
-        }
 
     def _answered(self, watched: _Watched) -> None:
         if watched.asking is not None:
-            self._drop(watched.asking.fileno())
+            self._ears.drop(watched.asking.fileno())
             watched.asking.close()
             watched.asking = None
 

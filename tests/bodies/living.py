@@ -164,8 +164,12 @@ class Living:
         self._hogs.append(hog)
         hog.tell("take 0")  # it has come to its loop, and all that Python itself takes is not the job's
         self.until(lambda: hog.said() == ["has 0"], "a hog")
-        self.run(self._attach(job, hog.pid))
+        self.attach(job, hog.pid)
         return hog
+
+    def attach(self, job: Job, pid: int) -> None:
+        """Put any process into a job."""
+        self.run(self._attach(job, pid))
 
     async def _attach(self, job: Job, pid: int) -> None:
         self.daemon.attach(job, pid)

@@ -8,16 +8,15 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from acctd.job import Job
+from acctd.cgroup.layout import discover
 from acctd.model import Record
 from acctd.policies import OomPolicy
 from exporters.classad import record_ad
-from tests.bodies.living import MIB, Hog, Living
+from tests.bodies.living import MIB, Living
 
 Shape = Literal["one", "many", "family", "pilot"]
 """One process that takes too much; eight that do together; one in a family, that reaches the family's limit; one in a
@@ -149,7 +148,8 @@ def _nested(living: Living, policy: Policy, shape: Shape, number: int) -> Outcom
     beside = OomPolicy("hold")
     pilot_short = shape == "pilot"
     pilot = living.job(
-        f"pilot-{number}", *((LIMIT, policy.policy) if pilot_short else (ABOVE if number // len(SHAPES) % 2 else None, beside))
+        f"pilot-{number}",
+        *((LIMIT, policy.policy) if pilot_short else (ABOVE if number // len(SHAPES) % 2 else None, beside)),
     )
     waits = living.hog(pilot)
     family = living.job(
@@ -194,14 +194,16 @@ def _check_record(outcome: Outcome) -> None:
             assert shortage.processes or "not looked at" in shortage.text  # an emulated CPU is slow
             assert shortage.usage is not None and shortage.limit is not None
             assert shortage.limit * 0.9 <= shortage.usage <= shortage.limit + MARGIN, own
-            assert shortage.memory is not None and shortage.memory["anon"] > shortage.usage // 2
+            # What is in cgroups below may be many MB behind in their parent's memory.stat.
+            assert shortage.memory is not None
+            assert outcome.shape == "pilot" or shortage.memory["anon"] > shortage.usage // 2
     by_kernel = policy.last in (KERNEL, "released")
     counted = own if outcome.shape != "pilot" or other is None else other.shortages
     kills, killed = sum(shortage.kills for shortage in counted), outcome.killed if by_kernel else 0
     # Where the kernel ends a cgroup as a whole (v2, memory.oom.group) it counts the one that it chose twice.
     assert kills == killed or (version() == "v2" and killed and kills == killed + 1), outcome
     if policy.last in ("killed", "held", "grown") and outcome.shape != "pilot":
-        # Not of a poll before it. What is in cgroups below is some MB behind in their parent's memory.stat.
+        # Of the moment itself, and not of a poll before it.
         assert record.totals["memory_anon_peak"][""] >= (LIMIT - 2) * MIB
     # HTCondor holds a job that was ended for it, and no other.
     dead = record.exit_signal == signal.SIGKILL
@@ -227,7 +229,7 @@ def _check_other(outcome: Outcome, other: Record) -> None:
 
 
 def _check_told(living: Living, outcome: Outcome) -> None:
-    """Each shortage is told of when it is there, of the job itself; what the kernel does after that is in the record."""
+    """Each shortage is told of when it is there; what the kernel does after that is in the record."""
     told = living.told(outcome.record.id, "out-of-memory")
     assert len(told) == len(outcome.record.shortages)
     assert not living.told(outcome.record.id, "trouble") or outcome.policy.name in (
@@ -235,19 +237,23 @@ def _check_told(living: Living, outcome: Outcome) -> None:
     )  # fmt: skip
 
 
-def fields() -> Iterator[tuple[Policy, Shape]]:
+def fields() -> list[tuple[Policy, Shape]]:
     """The whole matrix."""
-    return itertools.product(POLICIES, SHAPES)
+    return list(itertools.product(POLICIES, SHAPES))
+
+
+def few() -> list[tuple[Policy, Shape]]:
+    """What an emulated CPU has time for: every policy, and the shapes for those that act differently on them."""
+    throughout = ("kernel", "kill", "hold", "grow, to its ceiling", "exec: grow")
+    return [(policy, shape) for policy, shape in fields() if shape == "one" or policy.name in throughout]
 
 
 def named(policy: Policy, shape: Shape) -> str:
     return f"{policy.name}, {shape}".replace(": ", "-").replace(", ", "-").replace(" ", "-")
 
 
-def version(job: Job | None = None) -> str:
-    """Which version the memory controller has here."""
-    from acctd.cgroup.layout import discover
-
+def version() -> str:
+    """Which one the memory controller has here."""
     hierarchy = discover().of("memory")
     return f"v{hierarchy.version}" if hierarchy is not None else "none"
 
@@ -259,7 +265,6 @@ def main() -> None:
             print("| policy | memory used up by | version | ended | record | the other's record |")
             print("|---|---|---|---|---|---|")
             for policy, shape in fields():
-                if sys.argv[1:] and named(policy, shape) not in sys.argv[1:]: continue
                 print(play(living, policy, shape).row(version()), flush=True)
         finally:
             living.close()
