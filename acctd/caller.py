@@ -5,7 +5,7 @@ import os
 import pwd
 from dataclasses import dataclass
 
-from acctd.errors import NotPermittedError
+from acctd.errors import NotPermittedError, UsageError
 from acctd.job import Job
 from acctd.kernel import procs
 
@@ -34,6 +34,19 @@ class Caller:
         """
         if not procs.is_alive(self.process):
             raise NotPermittedError(f"pid {self.pid}, which made this connection, has ended; connect again")
+
+    def meant(self, pid: int | None) -> int:
+        """The process that the caller means by a pid; itself by none.
+
+        Raises UsageError from inside another PID namespace, whose numbers are other processes' out here.
+        """
+        if pid is None:
+            return self.pid
+        if not procs.shares_pids(self.pid):
+            raise UsageError(
+                f"pid {pid}: you are in a PID namespace of your own, whose numbers mean others here; leave it out"
+            )
+        return pid
 
     def must_be_root(self, what: str) -> None:
         """Raises NotPermittedError unless the caller is root."""

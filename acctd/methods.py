@@ -168,7 +168,7 @@ class Methods:
         }
 
     async def _register(self, caller: Caller, wanted: _Register) -> Answer:
-        pid = caller.pid if wanted.pid is None else wanted.pid
+        pid = caller.meant(wanted.pid)
         self._may_make(caller, wanted.parent)
         parent = self._daemon.find(wanted.parent) if wanted.parent is not None else None
         self._may_take(caller, pid, parent)
@@ -234,7 +234,7 @@ class Methods:
 
     async def _attach(self, caller: Caller, wanted: _Attach) -> Answer:
         job = self._own(caller, wanted.job)
-        pid = caller.pid if wanted.pid is None else wanted.pid
+        pid = caller.meant(wanted.pid)
         self._may_take(caller, pid, job)
         if caller.uid != 0 and not self._is_counted(pid, job):
             raise NotPermittedError(
@@ -427,7 +427,7 @@ def _terms(caller: Caller, watcher: int | None, interval: float | None) -> Terms
         raise UsageError(f"interval {interval} is out of range; it takes {low:g} to {_INTERVAL[1]:g} seconds")
     if watcher is None:
         return Terms(interval=interval)
-    identity = procs.identity(watcher)
+    identity = procs.identity(caller.meant(watcher))
     if watcher <= 0 or not procs.is_alive(identity):
         raise NotFoundError(f"watcher {watcher} does not exist; name a living process")
     return Terms(watcher=identity, interval=interval)

@@ -120,6 +120,14 @@ def _cgroups(path: str) -> list[str]:
         return []
 
 
+def shares_pids(pid: int) -> bool:
+    """Whether a process is in our PID namespace, so that its numbers are ours; False for one that is gone."""
+    try:
+        return os.path.samestat(os.stat(f"/proc/{pid}/ns/pid"), os.stat("/proc/self/ns/pid"))
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def network(pid: int) -> tuple[int, int] | None:
     """Which network namespace a process is in, as network_at() names it; None if it is gone."""
     return network_at(f"/proc/{pid}/ns/net")

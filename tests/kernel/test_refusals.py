@@ -636,3 +636,29 @@ def test_a_familys_network_is_not_the_hosts(house: House) -> None:
     # Without a parent there is none to share.
     assert served.call("Create", job="x", network="parent")["error"].endswith(".UsageError")
     assert [job["id"] for job in served.ok("List")["jobs"]] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("Attach", {"pid": 1}),
+        ("Register", {"pid": 1}),
+        ("Create", {"watcher": 1, "network": "host"}),
+    ],
+)
+def test_a_pid_of_another_namespace(served: Served, method: str, parameters: dict[str, Any]) -> None:
+    """In there 1 is the caller's own; out here it is the host's first process, which root could attach."""
+    served.ok("Create", job="there", network="host")
+    job = "there" if method == "Attach" else "new"
+    inside = subprocess.run(
+        ["unshare", "--pid", "--fork", PYTHON, "-S", "-c", PERSON, str(served.path)],
+        input=json.dumps([method, {"job": job, **parameters}]) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    reply = json.loads(inside.stdout.splitlines()[-1])
+    assert reply["error"] == "org.acctd.Node.UsageError"
+    assert "pid 1: you are in a PID namespace of your own" in reply["parameters"]["message"]
+    assert [each["id"] for each in served.ok("List")["jobs"]] == ["there"]
+    assert served.ok("Usage", job="there")["job"]["pids"] == []
