@@ -11,8 +11,9 @@ from acctd.cgroup.change import change
 from acctd.cgroup.pushback import push_back
 from acctd.errands import Errands
 from acctd.job import Job
+from acctd.kernel import memevents
 from acctd.model import Limits
-from acctd.shortages import Shortages
+from acctd.shortages import Shortages, Watched
 
 _V1_LIMIT = "memory.limit_in_bytes"
 
@@ -46,7 +47,27 @@ class Alarms(Shortages):
             change(job.cgroups, pushed, meant, reclaim=True)
         self.listen(job)
 
-    def under_pressure(self, job: Job) -> None:
+    def _hear_thresholds(self, watched: Watched) -> None:
+        if watched.usage is not None:
+            self._ears.drop(watched.usage.fileno())
+            watched.usage.close()
+            watched.usage = None
+        if watched.memory.v1 and watched.limit is not None and watched.job.spec.oom.thresholds:
+            self._errands.begin(self._register(watched, watched.limit), watched.job)
+
+    async def _register(self, watched: Watched, limit: int) -> None:
+        """v1: have the kernel tell. It waits for all its readers at each threshold, 12 ms as seen: not on the loop."""
+        thresholds = [limit * percent // 100 for percent in watched.job.spec.oom.thresholds]
+        usage = await asyncio.to_thread(memevents.usage_thresholds, watched.memory.directory, thresholds)
+        if usage is None:
+            return
+        if self._watched.get(watched.job.row.seq) is not watched or watched.limit != limit or watched.usage is not None:
+            usage.close()  # it has gone meanwhile, or has another limit
+            return
+        watched.usage = usage
+        self._ears.add(usage.fileno(), usage.events, lambda: self._crossed(watched))
+
+    def _under_pressure(self, job: Job) -> None:
         """Push those families back that are over their soft limits, before the job reaches its own limit (v1)."""
         held = {each.spec.id: each for each in self._agent.held.values()}
         for inner in family.below(held, job):

@@ -38,7 +38,7 @@ Trouble = Callable[[Job | None, BaseException | str], None]
 
 
 @dataclass(slots=True)
-class _Watched:
+class Watched:
     """One job that is listened to."""
 
     job: Job
@@ -70,7 +70,7 @@ class Shortages:
         """`tell` and `trouble` as in news.py. `end` sees to it that all of a job goes which has had SIGKILL."""
         self._agent, self._tell, self._trouble, self._see_end = agent, tell, trouble, end
         self._ears = Ears()
-        self._watched: dict[int, _Watched] = {}  # by the job's seq
+        self._watched: dict[int, Watched] = {}  # by the job's seq
         self._examined: set[int] = set()  # jobs that are being read for evidence, by seq
         self.guard = Guard(agent.config.runtime_dir, lambda e: trouble(None, e))
         self._ears.add(self.guard.fileno(), select.EPOLLIN, self._guardian_speaks)
@@ -100,7 +100,7 @@ class Shortages:
         if directory is None or inside is None:
             return
         memory = JobMemory(directory, inside)
-        watched = _Watched(job, memory, memory.troubles())
+        watched = Watched(job, memory, memory.troubles())
         self._watched[job.row.seq] = watched
         if self._was_released(job):
             watched.last = time.monotonic()
@@ -147,17 +147,11 @@ class Shortages:
 
     # Hearing
 
-    def _hear_thresholds(self, watched: _Watched) -> None:
-        """v1: be told by the kernel when the usage crosses one, of the limit as it is now."""
-        if watched.usage is not None:
-            self._ears.drop(watched.usage.fileno())
-            watched.usage.close()
-            watched.usage = None
-        policy, limit = watched.job.spec.oom, watched.limit
-        thresholds = [limit * percent // 100 for percent in policy.thresholds] if limit is not None else []
-        if thresholds and (usage := memevents.usage_thresholds(watched.memory.directory, thresholds)) is not None:
-            watched.usage = usage
-            self._ears.add(usage.fileno(), usage.events, lambda: self._crossed(watched))
+    def _hear_thresholds(self, watched: Watched) -> None:
+        """Be told when the usage crosses one, of the limit as it is now: for a keeper that has somebody to tell.
+
+        Readings find it out, too.
+        """
 
     def _let_be(self, job: Job) -> None:
         watched = self._watched.pop(job.row.seq, None)
@@ -169,19 +163,19 @@ class Shortages:
         self._answered(watched)
         self._thaw(watched)
 
-    def _hear_its_end(self, watched: _Watched) -> None:
+    def _hear_its_end(self, watched: Watched) -> None:
         """Look now and then whether it has gone that was ended, and hear nothing of it meanwhile."""
         if watched.out is not None:
             self._ears.mute(watched.out.fileno(), _MUTE, lambda: self._see_whether_over(watched))
 
-    def _ran_out(self, watched: _Watched) -> None:
+    def _ran_out(self, watched: Watched) -> None:
         try:
             if watched.out is not None and watched.out.clear() and watched.memory.directory.exists():
                 self._hear_v1(watched) if watched.memory.v1 else self._hear_v2(watched)
         except (AcctdError, OSError) as e:
             self._trouble(watched.job, e)
 
-    def _hear_v1(self, watched: _Watched) -> None:
+    def _hear_v1(self, watched: Watched) -> None:
         # All jobs below the limit that was reached hear of it; that of the highest is the one.
         waiting = watched.memory.troubles().waiting
         for place in inquest.above(self._agent.held, watched.job):
@@ -192,7 +186,7 @@ class Shortages:
                     return
         self._act(watched)
 
-    def _hear_v2(self, watched: _Watched) -> None:
+    def _hear_v2(self, watched: Watched) -> None:
         before, watched.seen = watched.seen, (now := watched.memory.troubles())
         armed = watched.limit if watched.job.spec.oom.action != "kernel" else None
         if now.ooms > before.ooms:
@@ -202,26 +196,26 @@ class Shortages:
         else:
             self._said_too_much(watched, watched.out)
 
-    def _said_too_much(self, watched: _Watched, ear: Ear | None) -> None:
+    def _said_too_much(self, watched: Watched, ear: Ear | None) -> None:
         """There was nothing to do. A job that lives at its limit with page cache says this without end."""
         now = time.monotonic()
         if ear is not None and now - watched.idle < _MUTE:
             self._ears.mute(ear.fileno(), _MUTE)
         watched.idle = now
 
-    def _crossed(self, watched: _Watched) -> None:
+    def _crossed(self, watched: Watched) -> None:
         try:
             if watched.usage is not None and watched.usage.clear() and watched.memory.directory.exists():
                 self._warn(watched, watched.memory.held())
                 self._said_too_much(watched, watched.usage)
-                self.under_pressure(watched.job)
+                self._under_pressure(watched.job)
         except (AcctdError, OSError) as e:
             self._trouble(watched.job, e)
 
-    def under_pressure(self, job: Job) -> None:
+    def _under_pressure(self, job: Job) -> None:
         """v1: a job comes close to its limit. With families inside, somebody may be pushed back: see alarms.py."""
 
-    def _warn(self, watched: _Watched, held: int) -> None:
+    def _warn(self, watched: Watched, held: int) -> None:
         """Tell of the highest threshold that is crossed, once, until the job is well below it again."""
         if watched.limit is None:
             return
@@ -234,7 +228,7 @@ class Shortages:
         elif watched.warned and percent < watched.warned - _REARMED_BELOW:
             watched.warned = crossed
 
-    def _look(self, watched: _Watched) -> None:
+    def _look(self, watched: Watched) -> None:
         job = watched.job
         last = job.meter.last((MEMORY_RESIDENT, MEMORY_KERNEL, MEMORY_OOM_KILLS))
         kills = last.pop((MEMORY_OOM_KILLS, ""), 0)
@@ -251,7 +245,7 @@ class Shortages:
                 self._act(watched)  # an event that was heard while another shortage was dealt with
         self._see_whether_over(watched)
 
-    def _see_whether_over(self, watched: _Watched) -> None:
+    def _see_whether_over(self, watched: Watched) -> None:
         """Whether what was done about a shortage has had its effect: then the next one is another one."""
         if watched.limit is None or not (watched.ending or watched.loose):
             return
@@ -265,7 +259,7 @@ class Shortages:
             self._arm(watched)
             watched.loose = False
 
-    def _let_inner_go(self, watched: _Watched) -> None:
+    def _let_inner_go(self, watched: Watched) -> None:
         """v1: what the job makes inside its cgroup inherits that tasks wait, and nobody would hear of a limit there."""
         directory = watched.memory.directory
         if (links := directory.links()) == watched.links:
@@ -292,7 +286,7 @@ class Shortages:
             own = job.spec.limits.hard is not None and any(job.meter.last(_LIMIT_HITS).values())
             self._keep(job, self._examine(job, _KILLED_BY_KERNEL, host=not own, kills=new))
 
-    def _count_kills(self, watched: _Watched) -> None:
+    def _count_kills(self, watched: Watched) -> None:
         """Put new victims of the kernel down to the limit they fell to: the job's, that of one above, or the node's."""
         job = watched.job
         new = watched.memory.troubles().kills - job.kills_told
@@ -311,7 +305,7 @@ class Shortages:
                 return
         self._keep(job, self._examine(job, _KILLED_BY_KERNEL, host=True, kills=new))
 
-    def _recent(self, watched: _Watched) -> int | None:
+    def _recent(self, watched: Watched) -> int | None:
         """Which of a job's shortages the kernel may just have killed for: the newest at its own limit, if it is fresh.
 
         Not one after which the limit was raised: nobody is killed for that.
@@ -325,7 +319,7 @@ class Shortages:
 
     # Acting
 
-    def _act(self, watched: _Watched) -> None:
+    def _act(self, watched: Watched) -> None:
         """The limit of this very job was reached, and nothing can be reclaimed."""
         action = watched.job.spec.oom.action
         if action == "kernel" or watched.loose:
@@ -339,7 +333,7 @@ class Shortages:
         elif action != "grow" or not self._grow(watched, None):
             self._end(watched, "killed" if action == "kill" else "held")
 
-    def _killed_by_kernel(self, watched: _Watched) -> None:
+    def _killed_by_kernel(self, watched: Watched) -> None:
         job, now = watched.job, time.monotonic()
         again = now - watched.last < _TOGETHER and self._recent(watched) is not None
         watched.last = now
@@ -347,7 +341,7 @@ class Shortages:
             self._keep(job, self._examine(job, _KILLED_BY_KERNEL))
         self._count_kills(watched)
 
-    def _end(self, watched: _Watched, action: str) -> None:
+    def _end(self, watched: Watched, action: str) -> None:
         """Stop the job, look at it, end it."""
         job = watched.job
         watched.ending, watched.last = True, time.monotonic()
@@ -360,7 +354,7 @@ class Shortages:
         self._keep(job, shortage)
         self._see_end(job)
 
-    def _grow(self, watched: _Watched, wanted: int | None) -> bool:
+    def _grow(self, watched: Watched, wanted: int | None) -> bool:
         """Raise the limit a step, or to what is wanted; False where that would go too far."""
         job, limit, policy = watched.job, watched.limit, watched.job.spec.oom
         if limit is None:
@@ -382,7 +376,7 @@ class Shortages:
         self._keep(job, shortage)
         return True
 
-    def _freeze(self, watched: _Watched) -> None:
+    def _freeze(self, watched: Watched) -> None:
         """Stop every process of it, for its deadline at most. A host without a freezer does without."""
         job = watched.job
         if (thawing := job.cgroups.thawing()) is None:
@@ -398,13 +392,13 @@ class Shortages:
         job.cgroups.freeze()
         watched.frozen = True
 
-    def _thaw(self, watched: _Watched) -> None:
+    def _thaw(self, watched: Watched) -> None:
         if watched.frozen:
             watched.job.cgroups.thaw()
             watched.frozen = False
             self.guard.thawed(watched.job.spec.id)
 
-    def _arm(self, watched: _Watched) -> None:
+    def _arm(self, watched: Watched) -> None:
         """Make the kernel wait for us, if the policy needs that; never without a guardian."""
         job, limit = watched.job, watched.limit
         if limit is None or job.spec.oom.action == "kernel":
@@ -415,14 +409,14 @@ class Shortages:
             self.guard.watch(job.spec.id, watched.memory.directory.path, job.spec.oom.deadline)
         watched.memory.arm(limit)
 
-    def _let_loose(self, watched: _Watched) -> None:
+    def _let_loose(self, watched: Watched) -> None:
         """Let the kernel's killer decide, until the job is well below its limit again."""
         watched.memory.disarm()
         watched.loose, watched.last = True, time.monotonic()
 
     # The site's program
 
-    def _ask(self, watched: _Watched) -> None:
+    def _ask(self, watched: Watched) -> None:
         job, program = watched.job, self._agent.config.oom.program
         watched.last = time.monotonic()
         self._freeze(watched)
@@ -439,13 +433,13 @@ class Shortages:
         self._ears.add(asking.fileno(), select.EPOLLIN, lambda: self._follow(watched, shortage))
         self._tell(job, "memory", f"{program} is asked what to do: {shortage.text}")
 
-    def _answered(self, watched: _Watched) -> None:
+    def _answered(self, watched: Watched) -> None:
         if watched.asking is not None:
             self._ears.drop(watched.asking.fileno())
             watched.asking.close()
             watched.asking = None
 
-    def _follow(self, watched: _Watched, shortage: Shortage) -> None:
+    def _follow(self, watched: Watched, shortage: Shortage) -> None:
         """Do as the program says; where it says nothing in time the kernel decides, where it makes no sense hold."""
         job, asking = watched.job, watched.asking
         if asking is None or not asking.has_ended():
@@ -474,7 +468,7 @@ class Shortages:
         except (AcctdError, OSError) as e:
             self._trouble(job, e)
 
-    def _release(self, watched: _Watched) -> None:
+    def _release(self, watched: Watched) -> None:
         """Nobody has decided in time."""
         job = watched.job
         self._keep(job, self._examine(job, "released", said={"waited": job.spec.oom.deadline}))
