@@ -1,6 +1,6 @@
 """Programs that are hard to end: a job command that, once it is what its name says, writes the line "up".
 
-    outlaws.py [--join FILE,...] [--uid UID] KIND
+    outlaws.py [--join FILE]... [--uid UID] KIND
 
 bomb      forks without end, and so do its children
 comet     forks and exits, without end: whoever looks for it finds it gone
@@ -8,7 +8,7 @@ deaf      ignores every signal that can be ignored
 stopped   a process that is stopped (SIGSTOP)
 traced    a process that its tracer, also here, holds and never lets go, not even at its end (PTRACE_O_TRACEEXIT)
 parent    waits in vfork(2) for a child that does nothing
-leader    has exited before its other threads, of which there are a hundred
+leader    has exited before its other threads, of which there are thirty
 hog       takes memory without end
 set-uid   root by a set-user-id copy of sleep, if it is started with --uid; says "up" just before
 init      the first process of a PID namespace, with two others, all of them deaf
@@ -100,7 +100,7 @@ def parent() -> None:
 
 
 def leader() -> None:
-    for _ in range(100):
+    for _ in range(30):
         threading.Thread(target=_for_ever).start()
     up()
     _libc.syscall(_SYS_EXIT, 0)
@@ -144,7 +144,7 @@ _sleeper = -1  # of the set-user-id copy
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Be hard to end.")
-    parser.add_argument("--join", default="", metavar="FILE,...")
+    parser.add_argument("--join", action="append", default=[], metavar="FILE")
     parser.add_argument("--uid", type=int, default=0)
     parser.add_argument("kind", choices=KINDS)
     options = parser.parse_args()
@@ -156,7 +156,7 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if not os.fork():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for path in filter(None, options.join.split(",")):
+        for path in options.join:
             with open(path, "w") as procs:
                 procs.write("0")
         if options.uid:

@@ -23,6 +23,16 @@ NUMBER = re.compile(r"\d+(\.\d+)?( \(\d+(\.\d+)?\))?\Z")
         ("agent", ["acctd", "psutil", "C, the agent's files", "ticks back to back", "Usage, fresh connection"]),
         ("hook", ["python3 -c pass", "acctd-hook usage", "the agent's part"]),
         ("storm", ["nftables, acctd-hook", "nftables, socket", "iptables, acctd-hook", "iptables, socket"]),
+        (
+            "oom",
+            [
+                "C program, 0 standing",
+                "hold, 0 standing",
+                "kill, 2 standing",
+                "hold, 2 standing, ticks back to back, goal",
+            ],
+        ),
+        ("bombs", ["pids limit 200", "no pids limit"]),
     ],
 )
 def test_a_quick_run_prints_its_table(module, rows):

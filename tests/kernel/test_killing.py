@@ -79,10 +79,8 @@ class Lair:
     def start(self, job: JobCgroups, kind: str, uid: int = 0) -> subprocess.Popen[str]:
         """An outlaw that is what its kind says; ends by itself when all that comes from it has ended."""
         with job.joining() as doors:
-            join = ",".join(f"{path}/cgroup.procs" for path in doors.values())
-        return self.run(
-            [sys.executable, "-I", "-S", str(REPO / "lab/outlaws.py"), f"--join={join}", f"--uid={uid}", kind]
-        )
+            join = [f"--join={path}/cgroup.procs" for path in doors.values()]
+        return self.run([sys.executable, "-I", "-S", str(REPO / "lab/outlaws.py"), *join, f"--uid={uid}", kind])
 
     def run(self, argv: list[str]) -> subprocess.Popen[str]:
         """A program that says "up"; ended at the end."""

@@ -15,27 +15,29 @@ LANES: dict[str, tuple[str, ...]] = {
         "inside_nat.py",
         "inside_limits.py",
         "inside_soft.py",
+        "inside_killing.py",
         "inside_isolation.py",
     ),
-    "joined": ("inside_any.py", "inside_nat.py", "inside_soft.py"),
+    "joined": ("inside_any.py", "inside_nat.py", "inside_soft.py", "inside_killing.py"),
     "single": ("inside_any.py",),
     "divided": ("inside_any.py", "inside_nfs.py"),
     "numa": ("inside_cpus.py",),
-    "systemd": ("inside_systemd.py", "inside_rebooted.py"),
+    "systemd": ("inside_hardened.py", "inside_systemd.py", "inside_rebooted.py"),
 }
 
 BACKENDS = {"v2": "nftables", "joined": "iptables"}
 """Which back end inside_nat.py takes where: one emulated run of either is enough."""
 
 
-BOOTS_PER_FILE = {"systemd"}
-"""Whose guest is booted anew for each file, with the same results directory; elsewhere one boot runs them all."""
+AFTER_A_REBOOT = {"inside_rebooted.py"}
+"""What runs in a guest that is booted anew, with the same results directory; elsewhere one boot runs them all."""
 
 
 def boots(layout: str) -> list[tuple[str, ...]]:
     """The files of each boot of a layout's guest."""
     files = LANES[layout]
-    return [(file,) for file in files] if layout in BOOTS_PER_FILE else [files]
+    again = [(file,) for file in files if file in AFTER_A_REBOOT]
+    return [tuple(file for file in files if file not in AFTER_A_REBOOT), *again]
 
 
 def names(layout: str) -> list[str]:
