@@ -160,11 +160,16 @@ class Living:
 
     def hog(self, job: Job) -> Hog:
         """A new process inside a job, which waits to be told what to do."""
+        hog = self.outside()
+        self.attach(job, hog.pid)
+        return hog
+
+    def outside(self) -> Hog:
+        """The same, in no job."""
         hog = Hog(subprocess.Popen([sys.executable, "-I", "-S", _HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         self._hogs.append(hog)
         hog.tell("take 0")  # it has come to its loop, and all that Python itself takes is not the job's
         self.until(lambda: hog.said() == ["has 0"], "a hog")
-        self.attach(job, hog.pid)
         return hog
 
     def attach(self, job: Job, pid: int) -> None:

@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+from acctd.kernel import procs
 from acctd.policies import OomPolicy
 from exporters.classad import record_ad
 from tests.bodies.living import MIB, Living
@@ -198,3 +199,32 @@ def no_descriptor_is_left(living: Living, count: int) -> None:
     for number in range(len(POLICIES), count):
         turn(number)
     living.until(lambda: len(os.listdir("/proc/self/fd")) <= before, "the descriptors' return")
+
+
+def the_node_runs_out(living: Living) -> None:
+    """For a machine of its own: memory is used up outside of all jobs, and the kernel kills inside one."""
+    protected, large = Path("/proc/self/oom_score_adj"), Path("/proc/sys/vm/nr_hugepages")
+    before = protected.read_text()
+    job = living.job("bystander", 200, OomPolicy())
+    hog, greedy = living.hog(job), living.outside()
+    try:
+        protected.write_text("-1000")
+        Path(f"/proc/{greedy.pid}/oom_score_adj").write_text("500")  # the next one, if it is not ended before
+        Path(f"/proc/{hog.pid}/oom_score_adj").write_text("1000")
+        hog.tell("take 40")
+        living.until(lambda: hog.said()[-1] == "has 40", "taking")
+        # Most of it at once, as large pages, which nobody has to touch one by one.
+        meminfo = procs.meminfo()
+        large.write_text(str((meminfo["MemAvailable"] - 160 * MIB) // meminfo["Hugepagesize"]))
+        greedy.tell("take 400")
+        living.until(lambda: hog.code is not None, "its end")
+    finally:
+        large.write_text("0")
+        protected.write_text(before)
+        greedy.close()
+    record = living.finish(job, hog)
+    (shortage,) = record.shortages
+    assert (record.exit_signal, shortage.level, shortage.whose, shortage.kills) == (9, "host", None, 1)
+    assert shortage.text.startswith("The node itself ran out of memory and the kernel killed 1 of job bystander's")
+    assert "stayed within its limit of 200 MB" in shortage.text
+    assert "HoldReasonCode" not in record_ad(record)
