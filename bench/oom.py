@@ -245,8 +245,8 @@ def with_agent(stage: Stage, standing: int, rounds: int, network: str) -> list[S
                         pause()
                         name = f"{served.prefix}-{len(situations)}-{number}"
                         situation.seen.append(held_by_agent(stage, served, connection, action, name))
-        if troubles := served.log().count(" trouble: "):
-            raise RuntimeError(f"the agent logged trouble {troubles} times:\n{served.log()[-4000:]}")
+        if troubles := [line for line in served.log().splitlines() if " trouble: " in line]:
+            raise RuntimeError(f"the agent logged trouble {len(troubles)} times; the first: {troubles[0]}")
     return situations
 
 
