@@ -29,6 +29,7 @@ _TOGETHER = 1.0  # s; a killer that strikes again within is the same shortage
 _FRESH = 60.0  # s; what the kernel killed since is put down to the last shortage, unless readings are rarer
 _REARMED_BELOW = 5  # percent below a threshold at which it may be told again
 _BUDGET = 0.004  # s to look at processes while the job stands still
+_REASON = 500  # characters of what the site's program says to the owner
 _LIMIT_HITS = (MEMORY_FAILCNT, MEMORY_SWAP_FAILCNT)
 _KILLED_BY_KERNEL = "killed by the kernel"
 
@@ -455,8 +456,9 @@ class Shortages:
             if answer is None:
                 self._release(watched)
                 return
-            if answer.reason:
-                self._tell(job, "memory", f"the site says: {answer.reason}")
+            if reason := " ".join(answer.reason.split())[:_REASON]:
+                job.note(f"the site says: {reason}")
+                self._tell(job, "memory", f"the site says: {reason}")
             if answer.action == "kernel":
                 self._keep(job, inquest.with_kills(job, replace(shortage, action=_KILLED_BY_KERNEL), 0))
                 self._let_loose(watched)

@@ -1,7 +1,9 @@
 """Out of memory on this host's cgroups, by the bodies that guests run too; and what only this host can bear."""
 
 import errno
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from acctd.cgroup.layout import discover
 from acctd.policies import OomPolicy
 from tests.bodies import oom, pressure
 from tests.bodies.living import MIB, Living
-from tests.kernel.conftest import BASE, Topology, scrub
+from tests.bodies.oom import KERNEL
+from tests.kernel.conftest import BASE, Node, Topology, scrub
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +137,60 @@ def test_on_v1_a_system_call_fails_and_does_not_wait(living: Living) -> None:
     record = living.finish(job)
     assert record.shortages == ()
     assert record.totals["memory_failcnt"][""] > 0
+
+
+RUN = {
+    "kernel": ([], [KERNEL], 137),
+    "kill": ([], ["killed"], 137),
+    "hold": ([], ["held"], 137),
+    "grow": (["--oom-ceiling", "64M"], ["grown", "grown"], 0),
+    "exec": ([], ["killed"], 137),
+}
+GREEDY = "import sys; sys.stdin.readline(); kept = [b'x' * (1 << 20) for _ in range(int(sys.argv[1]))]"
+
+
+def decide(node: Node, script: str) -> None:
+    """Let the node's site decide by a shell script."""
+    program = node.directory / "decide"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    node.config.write_text(f'{node.config.read_text()}[oom]\nprogram = "{program}"\n')
+
+
+@pytest.mark.parametrize("action", RUN)
+def test_acctd_run_does_the_same(node: Node, action: str) -> None:
+    options, acts, code = RUN[action]
+    decide(node, 'echo \'{"action": "kill", "reason": "so  be it"}\'')
+    record = node.directory / "record"
+    argv = ["run", "--json", str(record), "--network", "host", "--memory", "24M", "--oom", action, *options]
+    # Interpreter included, unlike in a hog that is attached.
+    done = node.acctd(*argv, "--", sys.executable, "-I", "-S", "-c", GREEDY, "30" if code == 0 else "64", input="\n")
+    assert done.returncode == code, done.stderr
+    found = json.loads(record.read_text())
+    assert [(each["level"], each["action"]) for each in found["shortages"]] == [("job", act) for act in acts]
+    assert all(each["text"] for each in found["shortages"])
+    # The summary tells its user.
+    assert found["shortages"][-1]["text"].split(" (")[0] in done.stderr
+    assert found["exit_signal"] == (9 if code else None)
+    assert found["notes"] == (["the site says: so be it"] if action == "exec" else [])
+
+
+def test_ctrl_c_while_the_site_decides(node: Node) -> None:
+    """acctd run stays answerable for the job: it ends at the deadline at the latest, and is on record."""
+    asked = node.directory / "asked"
+    os.mkfifo(asked)
+    decide(node, f"echo yes >{asked}; exec sleep 1000")
+    record = node.directory / "record"
+    argv = node.argv("run", "-q", "--json", str(record), "--network", "host", "--memory", "24M", "--oom", "exec")
+    argv += ["--oom-deadline", "2", "--", sys.executable, "-I", "-S", "-c", GREEDY, "64"]
+    with subprocess.Popen(argv, env=node.environ, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdin is not None
+        run.stdin.write("\n")
+        run.stdin.flush()
+        assert asked.read_text() == "yes\n"
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    # Whichever reached it first once it went on: the signal, or the kernel's killer.
+    assert run.returncode in (1, 130, 137), said
+    found = json.loads(record.read_text())
+    assert [each["action"] for each in found["shortages"]] == ["released"]
