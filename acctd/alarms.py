@@ -13,7 +13,8 @@ from acctd.errands import Errands
 from acctd.job import Job
 from acctd.kernel import memevents
 from acctd.model import Limits
-from acctd.shortages import Shortages, Watched
+from acctd.shortages import Shortages
+from acctd.watched import Watched
 
 _V1_LIMIT = "memory.limit_in_bytes"
 

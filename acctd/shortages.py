@@ -8,12 +8,12 @@ hear(). What is put on record is inquest.py's; how a job is ended for good is it
 import select
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Self
 
 from acctd import inquest, oomprogram
 from acctd.agent import Agent
-from acctd.cgroup.memory import JobMemory, Troubles
+from acctd.cgroup.memory import JobMemory
 from acctd.ears import Ears
 from acctd.errors import AcctdError
 from acctd.guard import Guard, released
@@ -22,6 +22,7 @@ from acctd.kernel import memevents, procs
 from acctd.kernel.memevents import Ear
 from acctd.metrics import MEMORY_FAILCNT, MEMORY_KERNEL, MEMORY_OOM_KILLS, MEMORY_RESIDENT, MEMORY_SWAP_FAILCNT
 from acctd.policies import Shortage
+from acctd.watched import Watched
 from collectors.memory import MemoryReader
 
 _MUTE = 0.1  # s for which a job is not listened to that is just ending, or at its limit with page cache alone
@@ -36,32 +37,6 @@ _KILLED_BY_KERNEL = "killed by the kernel"
 
 Tell = Callable[[Job, str, str], None]
 Trouble = Callable[[Job | None, BaseException | str], None]
-
-
-@dataclass(slots=True)
-class Watched:
-    """One job that is listened to."""
-
-    job: Job
-    memory: JobMemory
-    seen: Troubles  # as of the last look
-    out: Ear | None = None  # its memory ran out
-    usage: Ear | None = None  # v1: a threshold was crossed
-    links: int = 0  # of its directory on v1, as of the last look: other ones when a cgroup was made inside
-    warned: int = 0  # the highest threshold that was told, percent
-    ending: bool = False  # it has had SIGKILL for a shortage; what it says until that is over is of the same one
-    loose: bool = False  # the kernel's killer is on, until the job is well below its limit again
-    frozen: bool = False  # by us
-    last: float = 0.0  # monotonic, of the last shortage
-    idle: float = 0.0  # monotonic, when it last said something for nothing
-    asking: oomprogram.Asking | None = None
-
-    @property
-    def limit(self) -> int | None:
-        return self.job.spec.limits.hard
-
-    def ears(self) -> list[Ear]:
-        return [ear for ear in (self.out, self.usage) if ear is not None]
 
 
 class Shortages:
@@ -162,7 +137,7 @@ class Shortages:
             self._ears.drop(ear.fileno())
             ear.close()
         self._answered(watched)
-        self._thaw(watched)
+        watched.thaw(self.guard)
 
     def _hear_its_end(self, watched: Watched) -> None:
         """Look now and then whether it has gone that was ended, and hear nothing of it meanwhile."""
@@ -378,26 +353,10 @@ class Shortages:
         return True
 
     def _freeze(self, watched: Watched) -> None:
-        """Stop every process of it, for its deadline at most. A host without a freezer does without."""
-        job = watched.job
-        if (thawing := job.cgroups.thawing()) is None:
-            return
-        file, value = thawing
         try:
-            if file.read_text().strip() != value:
-                return  # somebody has suspended it, and will let it go on
-            self.guard.frozen(job.spec.id, file, value, deadline=job.spec.oom.deadline)
+            watched.freeze(self.guard)
         except (AcctdError, OSError) as e:
-            self._trouble(job, e)  # what is to be done about the shortage is done all the same
-            return
-        job.cgroups.freeze()
-        watched.frozen = True
-
-    def _thaw(self, watched: Watched) -> None:
-        if watched.frozen:
-            watched.job.cgroups.thaw()
-            watched.frozen = False
-            self.guard.thawed(watched.job.spec.id)
+            self._trouble(watched.job, e)  # what is to be done about the shortage is done all the same
 
     def _arm(self, watched: Watched) -> None:
         """Make the kernel wait for us, if the policy needs that; never without a guardian."""
@@ -425,7 +384,7 @@ class Shortages:
         try:
             if program is None:
                 raise AcctdError("oom.program is not in the configuration any more")
-            asking = oomprogram.ask(program, inquest.facts(job, shortage), _patience(job))
+            asking = oomprogram.ask(program, inquest.facts(job, shortage), watched.patience)
         except AcctdError as e:
             self._trouble(job, e)
             self._end(watched, "held")
@@ -462,9 +421,9 @@ class Shortages:
             if answer.action == "kernel":
                 self._keep(job, inquest.with_kills(job, replace(shortage, action=_KILLED_BY_KERNEL), 0))
                 self._let_loose(watched)
-                self._thaw(watched)
+                watched.thaw(self.guard)
             elif answer.action == "grow" and self._grow(watched, answer.memory):
-                self._thaw(watched)
+                watched.thaw(self.guard)
             else:
                 self._end(watched, "killed" if answer.action == "kill" else "held")
         except (AcctdError, OSError) as e:
@@ -475,7 +434,7 @@ class Shortages:
         job = watched.job
         self._keep(job, self._examine(job, "released", said={"waited": job.spec.oom.deadline}))
         self._let_loose(watched)
-        self._thaw(watched)
+        watched.thaw(self.guard)
 
     def _guardian_speaks(self) -> None:
         """The guardian has let a job go that waited for us for too long, or could not watch one."""
@@ -487,7 +446,7 @@ class Shortages:
                     said = {"waited": watched.job.spec.oom.deadline}
                     self._keep(watched.job, self._examine(watched.job, "released", said=said))
                     self._answered(watched)  # too late
-                    self._thaw(watched)
+                    watched.thaw(self.guard)
                     watched.loose = True
                 elif deed.what == "unguarded":
                     watched.memory.disarm()
@@ -537,8 +496,3 @@ class Shortages:
             for inner in self._agent.held.values():
                 if any(place is job for place in inquest.above(self._agent.held, inner)):
                     inner.ran_out(inquest.told_to(inner, shortage, "parent"))
-
-
-def _patience(job: Job) -> float:
-    """s that the site's program has: a little less than the job may wait, or the guardian would be quicker."""
-    return job.spec.oom.deadline - min(0.5, job.spec.oom.deadline / 10)

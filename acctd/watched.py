@@ -1,0 +1,64 @@
+"""One job that is listened to for want of memory: what is known of it, and how it is stopped and let go.
+
+What happens when is shortages.py's.
+"""
+
+from dataclasses import dataclass
+
+from acctd.cgroup.memory import JobMemory, Troubles
+from acctd.guard import Guard
+from acctd.job import Job
+from acctd.kernel.memevents import Ear
+from acctd.oomprogram import Asking
+
+
+@dataclass(slots=True)
+class Watched:
+    """A job, its memory cgroup, and what it is in the middle of."""
+
+    job: Job
+    memory: JobMemory
+    seen: Troubles  # as of the last look
+    out: Ear | None = None  # its memory ran out
+    usage: Ear | None = None  # v1: a threshold was crossed
+    links: int = 0  # of its directory on v1, as of the last look: other ones when a cgroup was made inside
+    warned: int = 0  # the highest threshold that was told, percent
+    ending: bool = False  # it has had SIGKILL for a shortage; what it says until that is over is of the same one
+    loose: bool = False  # the kernel's killer is on, until the job is well below its limit again
+    frozen: bool = False  # by us
+    last: float = 0.0  # monotonic, of the last shortage
+    idle: float = 0.0  # monotonic, when it last said something for nothing
+    asking: Asking | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes; None without one of its own."""
+        return self.job.spec.limits.hard
+
+    @property
+    def patience(self) -> float:
+        """s that the site's program has: a little less than the job may wait, or the guardian would be quicker."""
+        deadline = self.job.spec.oom.deadline
+        return deadline - min(0.5, deadline / 10)
+
+    def ears(self) -> list[Ear]:
+        return [ear for ear in (self.out, self.usage) if ear is not None]
+
+    def freeze(self, guard: Guard) -> None:
+        """Stop every process of it, for its deadline at most. A host without a freezer does without, and a job that
+        somebody has suspended is left to them. Raises AcctdError and OSError where it must go on.
+        """
+        if (thawing := self.job.cgroups.thawing()) is None:
+            return
+        file, value = thawing
+        if file.read_text().strip() == value:
+            guard.frozen(self.job.spec.id, file, value, deadline=self.job.spec.oom.deadline)
+            self.job.cgroups.freeze()
+            self.frozen = True
+
+    def thaw(self, guard: Guard) -> None:
+        """Let it go on, if we have stopped it."""
+        if self.frozen:
+            self.job.cgroups.thaw()
+            self.frozen = False
+            guard.thawed(self.job.spec.id)
