@@ -10,6 +10,7 @@ from acctd import family
 from acctd.cgroup.change import change
 from acctd.cgroup.pushback import push_back
 from acctd.errands import Errands
+from acctd.errors import KernelRefusedError
 from acctd.job import Job
 from acctd.kernel import memevents
 from acctd.model import Limits
@@ -59,7 +60,12 @@ class Alarms(Shortages):
     async def _register(self, watched: Watched, limit: int) -> None:
         """v1: have the kernel tell. It waits for all its readers at each threshold, 12 ms as seen: not on the loop."""
         thresholds = [limit * percent // 100 for percent in watched.job.spec.oom.thresholds]
-        usage = await asyncio.to_thread(memevents.usage_thresholds, watched.memory.directory, thresholds)
+        try:
+            usage = await asyncio.to_thread(memevents.usage_thresholds, watched.memory.directory, thresholds)
+        except KernelRefusedError:
+            if self._watched.get(watched.job.row.seq) is watched:
+                raise
+            return  # its cgroup was being removed
         if usage is None:
             return
         if self._watched.get(watched.job.row.seq) is not watched or watched.limit != limit or watched.usage is not None:
