@@ -134,6 +134,17 @@ def test_every_outlaw_ends(lair: Lair, way: str, kind: str) -> None:
     assert job.remove()
 
 
+def test_a_job_is_never_taken_for_an_empty_one(lair: Lair) -> None:
+    """One that forks and exits without end is gone whenever it is looked at; its job is not over for that."""
+    job = lair.job("host", limits_of("host", "comet"))
+    outlaw = lair.start(job, "comet")
+    for _ in range(500):
+        assert job.living()
+    assert job.kill(_PATIENCE) == set()
+    assert outlaw.wait(_PATIENCE) == 0
+    assert job.remove()
+
+
 def euid(pid: int) -> tuple[int, int]:
     """Real and effective uid."""
     line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Uid:"))
@@ -468,6 +479,7 @@ def test_one_that_does_not_die_is_recorded_retried_and_holds_up_nobody(
         assert writer.wait(_PATIENCE) == -signal.SIGKILL
         assert soon(lambda: agent.ok("Snapshot") and events(agent, "stuck", "removed"))
         assert agent.node.left()["cgroups"] == []
+        agent.ok("Snapshot")
         assert len(events(agent, "stuck", "removed")) == 1
         assert agent.ok("Finish", job="stuck", exit_signal=9)["record"] == record
 
