@@ -342,11 +342,9 @@ class JobCgroups:
         Of all hierarchies: a process may have left some. By pidfd: one that forks and exits without end goes through
         all pids of a host in seconds, and a pid that was just read may be another's.
         """
-        killed: set[int] = set()
-        seen: set[int] = set()
+        killed, seen = set[int](), set[int]()
         for _ in range(_ROUNDS):
-            new = self.procs() - seen
-            if not new:
+            if not (new := self.procs() - seen):
                 break
             killed.update(pid for pid in new if procs.end(pid, self._holds))
             seen |= new
