@@ -34,7 +34,6 @@ _REASON = 500  # characters of what the site's program says to the owner
 _LIMIT_HITS = (MEMORY_FAILCNT, MEMORY_SWAP_FAILCNT)
 _KILLED_BY_KERNEL = "killed by the kernel"
 
-
 Tell = Callable[[Job, str, str], None]
 Trouble = Callable[[Job | None, BaseException | str], None]
 
@@ -336,9 +335,13 @@ class Shortages:
         if limit is None:
             return False
         new = wanted if wanted is not None else limit + limit * policy.step // 100
+        # v2: it may be over its limit by more than a step.
+        used = watched.memory.usage()
+        while wanted is None and new < used + limit // 64 and (policy.ceiling is None or new < policy.ceiling):
+            new += limit * policy.step // 100
         new = min(new, policy.ceiling) if policy.ceiling is not None else new
         room = procs.meminfo().get("MemAvailable", 0) - self._agent.config.oom.reserve
-        if new <= limit or new - limit > room:
+        if new <= limit or new < used or new - limit > room:
             return False
         shortage = self._examine(job, "grown", said={"raised_to": new})
         try:

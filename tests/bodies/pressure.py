@@ -1,6 +1,7 @@
 """Near the limit and at it: what is no shortage, what is told before one, and what comes of many at a time."""
 
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -109,6 +110,26 @@ def what_was_raised_once_is_enough_the_next_time(living: Living) -> None:
     record = living.finish(job, hog)
     assert (record.exit_code, [each.action for each in record.shortages]) == (0, ["grown"])
     assert record.limits.memory == 36 * MIB
+
+
+def one_call_takes_more_than_a_step(living: Living) -> None:
+    """v2 does not slow down what a single read(2) fills: the job is far over its limit when it is looked at."""
+    job = living.job("leap", LIMIT, OomPolicy("grow", ceiling=80 * MIB, step=10))
+    dd = "read go; exec dd if=/dev/zero of=/dev/null bs=40M count=1"
+    with subprocess.Popen(["sh", "-c", dd], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        living.attach(job, process.pid)
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        living.until(lambda: process.poll() is not None, "its end")
+    record = living.finish(job)
+    actions = {each.action for each in record.shortages}
+    if version() == "v2":
+        assert (process.returncode, actions) == (0, {"grown"})
+    else:
+        # The call fails there, or comes back with less, and nobody is killed for it.
+        assert process.returncode in (0, 1)
+        assert actions <= {"grown"}
 
 
 def a_raised_limit_ends_a_shortage(living: Living) -> None:

@@ -80,6 +80,10 @@ def test_what_was_raised_once_is_enough_the_next_time(living: Living) -> None:
     pressure.what_was_raised_once_is_enough_the_next_time(living)
 
 
+def test_one_call_takes_more_than_a_step(living: Living) -> None:
+    pressure.one_call_takes_more_than_a_step(living)
+
+
 def test_a_raised_limit_ends_a_shortage(living: Living) -> None:
     pressure.a_raised_limit_ends_a_shortage(living)
 

@@ -41,6 +41,10 @@ def test_thresholds_are_told_once(living: Living) -> None:
     pressure.thresholds_are_told_once(living)
 
 
+def test_one_call_takes_more_than_a_step(living: Living) -> None:
+    pressure.one_call_takes_more_than_a_step(living)
+
+
 def test_a_raised_limit_ends_a_shortage(living: Living) -> None:
     pressure.a_raised_limit_ends_a_shortage(living)
 
