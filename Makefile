@@ -45,6 +45,8 @@ bench: $(READY) ## all benchmarks; their tables belong into docs/performance.md
 	$(RUN) -m bench.agent
 	$(RUN) -m bench.hook
 	$(RUN) -m bench.storm
+	$(RUN) -m bench.oom
+	$(RUN) -m bench.bombs
 
 docs: $(READY) ## make docs/metrics.md anew from the metric catalogue
 	$(RUN) -m exporters.reference > docs/metrics.md

@@ -43,6 +43,7 @@ CREATE = [
     At(f"{CGROUPS}._limit"),
     At(f"{CGROUPS}._count_block_io"),
     At(f"{DIR}.describe", (), EACH),
+    At("acctd.scratch:make"),
     At(f"{HOST}:enable_forwarding", ()),
     At(f"{HOST}:keep_in"),
     At(f"{CHAINS}.add"),
@@ -54,6 +55,9 @@ CREATE = [
     At("acctd.agent:arm_block_counters"),
     At("acctd.readers:open_for"),
     At(f"{AGENT}.create", ()),
+    At("acctd.guard:Guard.watch", (), (1,)),
+    At("acctd.cgroup.memory:JobMemory.arm", (), (1,)),
+    At("acctd.shortages:Shortages.listen", (), (1,)),
     At(f"{LEDGER}.made"),
     At("acctd.sentry:Sentry.guard"),
     At(f"{LEDGER}.add_event"),
@@ -81,6 +85,7 @@ POLL = [
 ]
 UNDOING = [
     At(f"{AGENT}.dismantle"),
+    At("acctd.scratch:Trash.take"),
     At("acctd.kernel.conntrack:forget", ()),
     At(f"{CHAINS}.remove", ()),
     At("acctd.network.iptables:transact", (), TABLES, only="iptables"),

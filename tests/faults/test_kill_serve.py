@@ -50,6 +50,10 @@ def bed(
     made = None
     try:
         for node in make_node(topology, tmp_path, backend=backend):
+            with node.config.open("a") as config:
+                # What is made and undone with a job beside what it is counted by: a scratch, and tasks that may wait.
+                config.write(f'[isolation]\nscratch = ["/tmp"]\nscratch_dir = "{node.directory}/scratch"\n')
+                config.write('[limits]\nmemory = "1G"\n[oom]\naction = "hold"\n')
             made = Bed(node, nursery, backend, disk)
             yield made
             made.end()

@@ -106,6 +106,8 @@ class Node:
             "leases": leases,
             "connections": self._connections(),
             "routes": self._routes(),
+            # But for what a thread is about to remove.
+            "scratch": sorted(path.name for path in (self.directory / "scratch").glob("[!.]*")),
         }
 
     def _rules(self) -> list[str]:
@@ -127,7 +129,7 @@ class Node:
             return [line for line in path.read_text().splitlines() if "10.181." in line] if path.exists() else []
 
 
-NOTHING = {"cgroups": [], "namespaces": [], "rules": [], "leases": [], "connections": [], "routes": []}
+NOTHING = {"cgroups": [], "namespaces": [], "rules": [], "leases": [], "connections": [], "routes": [], "scratch": []}
 
 
 @pytest.fixture
