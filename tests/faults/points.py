@@ -198,7 +198,7 @@ TAKEN_OVER = {
     "closed": [At(f"{LEDGER}.claim"), At(f"{CGROUPS}.kill"), At(f"{AGENT}.take_pipe"), *UNDOING],
     "lost": [*ORPHAN, At(f"{LEDGER}.claim"), At(f"{DAEMON}._adopt"), At(f"{LEDGER}.store")],
     "ended, lost": [*ORPHAN, At(f"{LEDGER}.claim"), At(f"{LEDGER}.sign_off"), At(f"{LEDGER}.forget")],
-    "corrupt": [At("acctd.agent:move_aside"), *ORPHAN, At(f"{LEDGER}.claim"), At(f"{LEDGER}.store")],
+    "corrupt": [At("acctd.ledgers:move_aside"), *ORPHAN, At(f"{LEDGER}.claim"), At(f"{LEDGER}.store")],
 }
 NESTED = {
     "first": [
