@@ -53,7 +53,8 @@ def bed(
             with node.config.open("a") as config:
                 # What is made and undone with a job beside what it is counted by: a scratch, and tasks that may wait.
                 config.write(f'[isolation]\nscratch = ["/tmp"]\nscratch_dir = "{node.directory}/scratch"\n')
-                config.write('[limits]\nmemory = "1G"\n[oom]\naction = "hold"\n')
+                # No thresholds: a thread registers those, and calls would be counted that are another's.
+                config.write('[limits]\nmemory = "1G"\n[oom]\naction = "hold"\nthresholds = []\n')
             made = Bed(node, nursery, backend, disk)
             yield made
             made.end()
