@@ -84,8 +84,7 @@ class Daemon:
         """Hold the living jobs that nobody holds, and finish the ended ones."""
         before = set(self.jobs)
         for record in recover(self.agent, adopt=self._adopt):
-            notes = f"; {' '.join(record.notes)}" if record.notes else ""
-            self.news.tell(record, "finished", f"recovered; {record.state}{notes}")
+            self.news.tell(record, "finished", "; ".join(("recovered", record.state, *record.notes)))
         self._report()
         for job in [job for name, job in self.jobs.items() if name not in before]:
             self._keep_watch(job)

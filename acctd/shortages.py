@@ -198,8 +198,9 @@ class Shortages:
         crossed = max((each for each in watched.job.spec.oom.thresholds if each <= percent), default=0)
         if crossed > watched.warned:
             watched.warned = crossed
-            text = f"{percent} % of its limit of {watched.limit} bytes in use, page cache not counted"
-            self._tell(watched.job, "memory", text)
+            self._tell(
+                watched.job, "memory", f"{percent} % of its {watched.limit} bytes in use, page cache not counted"
+            )
         elif watched.warned and percent < watched.warned - _REARMED_BELOW:
             watched.warned = crossed
 
@@ -493,8 +494,8 @@ class Shortages:
         self._tell(job, "out-of-memory", shortage.text)
         if shortage.level != "job":
             return
-        for place in inquest.above(self._agent.held, job):
-            place.ran_out(inquest.told_to(place, shortage, "family"))
+        for above in inquest.above(self._agent.held, job):
+            above.ran_out(inquest.told_to(above, shortage, "family"))
         if shortage.action in ("killed", "held"):
             for inner in self._agent.held.values():
                 if any(place is job for place in inquest.above(self._agent.held, inner)):
