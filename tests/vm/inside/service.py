@@ -1,10 +1,11 @@
 """What the tests inside a guest with systemd share: the units installed, and systemd and the journal asked."""
 
+import functools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,16 @@ import pytest
 from tests.vm.guest import REPO
 
 UPLINK = "203.0.113.1/24"
+PLACE = Path("/sys/fs/cgroup/acctd.slice/acctd-jobs.service")
+BASE = PLACE / "jobs"
+SOCKET = "/run/acctd/acctd.sock"
+CONFIG = Path("/etc/acctd/acctd.toml")
+DROP_INS = Path("/run/systemd/system/acctd.service.d")
 
 
+@functools.cache
 def install() -> None:
-    """As docs/systemd.md says, and a network that packets can be sent to."""
+    """As docs/systemd.md says, and a network that packets can be sent to. Once a boot."""
     for name in ("acctd", "acctd-hook"):
         run("ln", "-sf", str(Path(sys.executable).parent / name), "/usr/local/bin/")
     run(str(REPO / "systemd/install"))
@@ -26,6 +33,14 @@ def install() -> None:
     run("ip", "link", "add", "wan", "type", "dummy")
     run("ip", "address", "add", UPLINK, "dev", "wan")
     run("ip", "link", "set", "wan", "up")
+
+
+def served() -> Iterator[None]:
+    """The agent runs, for a fixture."""
+    install()
+    run("systemctl", "enable", "--now", "acctd.service")
+    yield
+    run("systemctl", "stop", "acctd.socket", "acctd.service")
 
 
 def run(*argv: str, code: int = 0) -> str:
