@@ -19,6 +19,9 @@ where there is none.
 The timer of a job in OOM starts anew with each event (its limit was raised, and reached again), but not for ever. It
 rests while the cgroup above is in OOM too: the shortage is that one's then, and shows in all below.
 
+A cgroup that a job makes inside its own inherits that tasks wait there, and has limits that nobody hears of: a living
+keeper lets it go at its readings, this process once its keeper is gone.
+
 When its keeper is gone (descriptor 0 ends) it goes on until nothing is left to watch. The next keeper's guardian marks
 the files of each job it is given as its own, and this one then lets the job be: what the new keeper deals with has its
 whole deadline from then on. SIGTERM ends it; if it has no keeper, who would start another, it first lets all jobs go.
@@ -42,6 +45,9 @@ from _signal import (  # type: ignore[import-not-found]  # signal itself loads e
 IN, OUT = 0, 1
 MARK = "trusted.acctd.guardian"
 """Extended attribute on a watched file: which guardian acts on it. A kernel without them has them all act."""
+
+MADE = "trusted.acctd"
+"""Extended attribute on the cgroups that acctd made: a family inside a job has a policy of its own."""
 
 LOOKS = 10  # at a waiting job in each deadline
 ENDLESS = 10  # deadlines in OOM are too many, whatever events came between
@@ -129,6 +135,23 @@ class Memory(Watched):
         if self.event >= 0:
             os.close(self.event)
 
+    def let_inner_go(self) -> None:
+        """Let the kernel act in the cgroups that the job made by itself. What acctd made inside has a mark."""
+        with os.scandir(os.path.dirname(self.file)) as entries:
+            inner = [
+                entry.path for entry in entries if entry.is_dir(follow_symlinks=False) and not _is_acctds(entry.path)
+            ]
+        for top in inner:
+            for place, _, _ in os.walk(top):
+                try:
+                    fd = os.open(os.path.join(place, b"memory.oom_control"), os.O_WRONLY | os.O_CLOEXEC)
+                    try:
+                        os.write(fd, b"0")
+                    finally:
+                        os.close(fd)
+                except OSError:
+                    continue  # it has gone
+
     def _outer_waits(self) -> bool:
         try:
             fd = os.open(self.outer, os.O_RDONLY | os.O_CLOEXEC)
@@ -138,6 +161,13 @@ class Memory(Watched):
             return b"under_oom 1" in os.read(fd, 256)
         finally:
             os.close(fd)
+
+
+def _is_acctds(path: bytes) -> bool:
+    try:
+        return bool(os.getxattr(path, MADE))
+    except OSError:
+        return False
 
 
 class Guardian:
@@ -180,8 +210,12 @@ class Guardian:
         now = time.monotonic()
         times = [each.look - now for each in self.watched.values() if each.began is not None]
         if not self.keeper:
-            times.append(self.claimed + CLAIMS_EVERY - now)
+            times.append(self.claimed + self.rounds() - now)
         return max(0.0, min(times)) if times else None
+
+    def rounds(self) -> float:
+        """Seconds between two rounds, once the keeper is gone."""
+        return min([CLAIMS_EVERY, *(each.deadline for each in self.events.values())])
 
     # What the keeper says
 
@@ -237,10 +271,10 @@ class Guardian:
     def act(self) -> None:
         """Let go what is due, and drop what is gone or another guardian's."""
         now = time.monotonic()
-        if not self.keeper and now >= self.claimed + CLAIMS_EVERY:
+        if not self.keeper and now >= self.claimed + self.rounds():
             self.claimed = now
             for key, watched in list(self.watched.items()):
-                self.guarded(key, self.claims, key, watched)
+                self.guarded(key, self.go_round, key, watched)
         for key, watched in list(self.watched.items()):
             if watched.began is not None and now >= watched.look:
                 self.guarded(key, self.look_at, key, watched, now)
@@ -248,6 +282,10 @@ class Guardian:
     def look_at(self, key: tuple[bytes, bytes], watched: Watched, now: float) -> None:
         if watched.due(now) and self.claims(key, watched):
             self.let_go(key, watched, b"released" if key[0] == b"watch" else b"thawed", watched.why(now))
+
+    def go_round(self, key: tuple[bytes, bytes], watched: Watched) -> None:
+        if self.claims(key, watched) and isinstance(watched, Memory):
+            watched.let_inner_go()
 
     def claims(self, key: tuple[bytes, bytes], watched: Watched) -> bool:
         """Whether it is still ours to act on; another guardian's is dropped. Raises OSError once it is gone."""

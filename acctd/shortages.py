@@ -237,14 +237,11 @@ class Shortages:
 
     def _let_inner_go(self, watched: Watched) -> None:
         """v1: what the job makes inside its cgroup inherits that tasks wait, and nobody would hear of a limit there."""
-        directory = watched.memory.directory
-        if (links := directory.links()) == watched.links:
-            return
-        watched.links = links
-        for child in directory.children():
+        for child in watched.memory.directory.children():
             if not child.marked():
                 for inner in child.subtree():
-                    inner.write("memory.oom_control", "0")
+                    if inner.has("memory.oom_control"):
+                        inner.write("memory.oom_control", "0")
 
     def _look_back(self, job: Job) -> None:
         """What befell a job while no agent lived, as far as its counters tell: whether it ever was at its own limit."""

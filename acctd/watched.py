@@ -21,7 +21,6 @@ class Watched:
     seen: Troubles  # as of the last look
     out: Ear | None = None  # its memory ran out
     usage: Ear | None = None  # v1: a threshold was crossed
-    links: int = 0  # of its directory on v1, as of the last look: other ones when a cgroup was made inside
     warned: int = 0  # the highest threshold that was told, percent
     ending: bool = False  # it has had SIGKILL for a shortage; what it says until that is over is of the same one
     loose: bool = False  # the kernel's killer is on, until the job is well below its limit again
