@@ -33,6 +33,8 @@ class OomPolicy:
             raise UsageError(f"oom action {self.action!r} is none; it is one of {', '.join(OOM_ACTIONS)}")
         if self.action == "grow" and self.ceiling is None:
             raise UsageError("oom action grow needs a ceiling, the bytes that the limit may grow to; give one")
+        if self.ceiling is not None and not 1 << 20 <= self.ceiling < 1 << 63:
+            raise UsageError(f"oom ceiling {self.ceiling} is out of range; it takes {1 << 20} to {(1 << 63) - 1} bytes")
         if not 1 <= self.step <= 1000:
             raise UsageError(f"oom step {self.step} is out of range; it takes 1 to 1000 percent")
         if not 0.1 <= self.deadline <= 3600:
@@ -60,6 +62,12 @@ class Isolation:
             if not path.startswith("/") or path == "/" or "\0" in path or {"", ".", ".."} & set(parts[1:]):
                 raise UsageError(
                     f"scratch {path!r} is not usable; it takes an absolute path without . and .., like /tmp"
+                )
+            if parts[1] in ("proc", "sys") or path == "/dev":
+                raise UsageError(f"scratch {path!r} is the kernel's own and cannot be replaced; leave it out")
+            if (other := next((each for each in self.scratch if each.startswith(f"{path}/")), None)) is not None:
+                raise UsageError(
+                    f"scratch {other!r} lies inside {path!r}, which is the job's own already; leave it out"
                 )
         if len(self.scratch) > 64 or len(set(self.scratch)) < len(self.scratch):
             raise UsageError(f"scratch takes each directory once, and 64 at most; it has {len(self.scratch)}")

@@ -89,7 +89,8 @@ class Trash:
             if not self._wait:
                 self.empty(path.parent)
         except OSError as e:
-            raise KernelRefusedError(f"scratch {path} cannot be removed: {e.strerror}; remove it by hand") from e
+            where = path if os.path.lexists(path) else trash / path.name
+            raise KernelRefusedError(f"scratch {where} cannot be removed: {e.strerror}; remove it by hand") from e
 
     def empty(self, base: Path) -> None:
         """Have a thread remove what lies in the trash, as an acctd that was killed may have left it."""

@@ -6,7 +6,7 @@ have more than the configuration gives everybody is decided in methods.py, but f
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import msgspec
 
@@ -66,10 +66,19 @@ def _over(defaults: _T, wanted: Mapping[str, Any], what: str, table: str) -> _T:
     for name in wanted:
         if name not in known:
             raise UsageError(f"{what} {name!r} is unknown; it is one of {', '.join(known)}")
-    try:
-        return msgspec.convert({**known, **wanted}, type(defaults))
-    except msgspec.ValidationError as e:
-        raise UsageError(f"{table}: {e}") from None
+    types = get_type_hints(type(defaults))
+    given: dict[str, Any] = {}
+    for name, value in wanted.items():
+        try:
+            given[name] = msgspec.convert(value, types[name])
+        except msgspec.ValidationError as e:
+            raise UsageError(f"{table}: {name} {_shown(value)} is not usable: {e}") from None
+    return type(defaults)(**{**known, **given})
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _set(limits: Limits) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def test_null_takes_a_limit_away():
     ("wanted", "said"),
     [
         ({"memry": 1}, "limit 'memry' is unknown"),
-        ({"memory": "2G"}, "limits: "),
+        ({"memory": "2G"}, "limits: memory '2G' is not usable"),
         ({"memory_policy": "firm"}, "limits: "),
     ],
 )
@@ -61,7 +61,7 @@ def test_only_root_goes_beyond_the_configured_ceiling():
     with pytest.raises(NotPermittedError, match=r"oom\.ceiling is 4294967296"):
         wishes.oom(given, {"action": "grow", "ceiling": 5 * G}, root=False)
     with pytest.raises(NotPermittedError, match=r"has no oom\.ceiling"):
-        wishes.oom(config(), {"action": "grow", "ceiling": 1}, root=False)
+        wishes.oom(config(), {"action": "grow", "ceiling": G}, root=False)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,15 @@ def test_isolation_is_what_the_configuration_asks_of_all_and_what_the_job_asks_o
     assert wishes.isolation(given, asked) == Isolation(True, ("/tmp", "/var/tmp"), "b", True)
     with pytest.raises(UsageError, match=r"chroot 'c' is no name in isolation\.chroots"):
         wishes.isolation(given, {"chroot": "c"})
-    with pytest.raises(UsageError, match="is not usable"):
-        wishes.isolation(given, {"scratch": ["/../etc"]})
+    for paths, said in (
+        (["/../etc"], "is not usable"),
+        (["/proc"], "the kernel's own"),
+        (["/var", "/var/tmp"], "lies inside '/var'"),
+        ("/tmp", r"scratch '/tmp' is not usable: Expected `array`"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            wishes.isolation(given, {"scratch": paths})
+    assert wishes.isolation(given, {"scratch": ["/dev/shm"]}).scratch == ("/tmp", "/dev/shm")  # noqa: S108  # a name
 
 
 def test_a_network_by_its_name():
