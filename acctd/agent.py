@@ -178,6 +178,16 @@ class Agent:
         job.row = row
         job.cgroups.describe(encode_row(row))
 
+    def fold(self, job: Job, parent: Job) -> None:
+        """Move a family's processes into its parent. Raises KernelRefusedError where they fork faster than that.
+
+        One that waits in OOM is woken first, by taking the limit away: out of its cgroup nobody would wake it.
+        """
+        limits = job.spec.limits
+        none = replace(limits, memory=None, memory_soft=None, swap=None, memory_policy="custom")
+        change(job.cgroups, limits, none, reclaim=False)
+        job.cgroups.fold_into(parent.cgroups)
+
     def abandon(self, job: Job, patience: float = 10.0) -> None:
         """Undo a job that never ran: no record, nothing left. What cannot be removed is left to recover()."""
         self.held.pop(job.row.seq, None)

@@ -104,8 +104,8 @@ class Daemon:
         for job in self.jobs.values():
             with self._telling(job):
                 self.agent.read_one(job)
-        self.books.store(self.jobs.values())
         self._shortages.close()
+        self.books.store(self.jobs.values())
         for job in self.jobs.values():
             job.close()
         self.jobs.clear()
@@ -183,7 +183,7 @@ class Daemon:
         """Undo a registration: its processes go where they may, and nothing of the family is left."""
         parent = self.agent.held.get(job.row.parent) if job.row.parent is not None else None
         if parent is not None:
-            job.cgroups.fold_into(parent.cgroups)
+            self.agent.fold(job, parent)
         if not job.cgroups.living():
             self._forget(job)
             self.agent.abandon(job)
@@ -334,7 +334,8 @@ class Daemon:
         for inner in family.below(self.jobs, job):
             await self.unregister(inner)
         if parent is not None:
-            job.cgroups.fold_into(parent.cgroups)
+            self._shortages.forget(job)
+            self.agent.fold(job, parent)
         return await self.finish(job, Ending(at=boottime()))
 
     def _close(self, job: Job, ending: Ending) -> Record:

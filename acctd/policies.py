@@ -103,7 +103,7 @@ class Shortage:
     time: float  # s since the epoch, a label
     level: OomLevel
     whose: str | None  # the job whose limit was reached; None for the host
-    action: str  # what was done: "killed by the kernel", "killed", "held", "grown", "released"
+    action: str  # what was done: "killed by the kernel", "killed", "held", "grown", "released", "undecided"
     limit: int | None  # bytes, of the job whose limit it was; for the host of the job that this is about
     usage: int | None  # bytes
     kills: int = 0  # processes of this job that the kernel killed for it

@@ -135,7 +135,7 @@ class Shortages:
         for ear in watched.ears():
             self._ears.drop(ear.fileno())
             ear.close()
-        self._answered(watched)
+        self._drop_question(watched)
         watched.thaw(self.guard)
 
     def _hear_its_end(self, watched: Watched) -> None:
@@ -210,6 +210,8 @@ class Shortages:
         kills = last.pop((MEMORY_OOM_KILLS, ""), 0)
         if not watched.ending:  # memory.stat lags behind, and would tell of what is gone
             self._warn(watched, sum(last.values()))
+        if watched.asking is not None and not job.cgroups.living():
+            self._drop_question(watched)
         if kills > job.kills_told:
             if watched.out is not None:
                 # The starter may be quicker than we are: what was said is heard before the account is closed.
@@ -390,7 +392,7 @@ class Shortages:
             self._trouble(job, e)
             self._end(watched, "held")
             return
-        watched.asking = asking
+        watched.asking, watched.asked = asking, shortage
         self._ears.add(asking.fileno(), select.EPOLLIN, lambda: self._follow(watched, shortage))
         self._tell(job, "memory", f"{program} is asked what to do: {shortage.text}")
 
@@ -400,10 +402,19 @@ class Shortages:
             watched.asking.close()
             watched.asking = None
 
+    def _drop_question(self, watched: Watched) -> None:
+        """Nobody has to decide any more: the job has ended, or has another limit. What was seen of it stays."""
+        if watched.asking is not None and watched.asked is not None:
+            self._answered(watched)
+            self._keep(watched.job, inquest.with_kills(watched.job, replace(watched.asked, action="undecided"), 0))
+
     def _follow(self, watched: Watched, shortage: Shortage) -> None:
         """Do as the program says; where it says nothing in time the kernel decides, where it makes no sense hold."""
         job, asking = watched.job, watched.asking
         if asking is None or not asking.has_ended():
+            return
+        if not job.cgroups.living():
+            self._drop_question(watched)
             return
         try:
             try:

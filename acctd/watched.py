@@ -10,6 +10,7 @@ from acctd.guard import Guard
 from acctd.job import Job
 from acctd.kernel.memevents import Ear
 from acctd.oomprogram import Asking
+from acctd.policies import Shortage
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class Watched:
     last: float = 0.0  # monotonic, of the last shortage
     idle: float = 0.0  # monotonic, when it last said something for nothing
     asking: Asking | None = None
+    asked: Shortage | None = None  # what that is about
 
     @property
     def limit(self) -> int | None:

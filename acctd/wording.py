@@ -76,6 +76,8 @@ def _outcome(shortage: Shortage, ended: str, whose: str, raised_to: int | None, 
             time = "in time" if waited is None else f"within {waited:g} s"
             then = f" and {killed}" if shortage.kills else ""
             return f"; nobody decided {time}, so the kernel's own killer was let loose{then}"
+        case "undecided":
+            return "; before it was decided what to do, it ended or had another limit"
         case other:
             return f"; what was done: {_clean(other)}"
 
