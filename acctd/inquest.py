@@ -46,16 +46,22 @@ def examine(
         kills=kills,
         memory=memory,
         processes=found.processes,
+        waited=(said or {}).get("waited"),
     )
     said = dict(said or {}) | {"unseen": found.unseen}
     return replace(shortage, text=_sentence(job, shortage, said))
 
 
+def unseen(job: Job, *, action: str, at: float, waited: float | None) -> Shortage:
+    """A shortage that was over before anybody could look: what is in use by now, and by whom, says nothing of it."""
+    shortage = Shortage(at, "job", job.spec.id, action, job.spec.limits.hard, None, waited=waited)
+    return replace(shortage, text=_sentence(job, shortage, {}))
+
+
 def with_kills(job: Job, shortage: Shortage, kills: int) -> Shortage:
     """The same, with so many processes killed for it by the kernel, of this job."""
     counted = replace(shortage, kills=kills)
-    said = {"waited": job.spec.oom.deadline} if shortage.action == "released" else {}
-    return replace(counted, text=_sentence(job, counted, said))
+    return replace(counted, text=_sentence(job, counted, {}))
 
 
 def facts(job: Job, shortage: Shortage) -> dict[str, object]:
@@ -102,6 +108,5 @@ def _sentence(job: Job, shortage: Shortage, said: Mapping[str, float]) -> str:
         own_limit=None if own else limits.hard,
         swap=limits.swap if own else None,
         raised_to=int(said["raised_to"]) if "raised_to" in said else None,
-        waited=said.get("waited"),
         unseen=int(said.get("unseen", 0)),
     )

@@ -68,7 +68,13 @@ def ask(program: str, facts: Mapping[str, Any], timeout: float) -> Asking:
     try:
         # In a session of its own, so that what it starts can be ended with it.
         process = subprocess.Popen(
-            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", env=_ENVIRONMENT, start_new_session=True
+            # setpriv: a program that hangs is not to outlive an agent that was killed.
+            ["setpriv", "--pdeathsig", "KILL", "--", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd="/",
+            env=_ENVIRONMENT,
+            start_new_session=True,
         )
     except OSError as e:
         raise AcctdError(f"oom.program {program} cannot be started: {e.strerror}; see the configuration") from e
@@ -112,33 +118,39 @@ def _wait(asking: Asking, program: str, facts: bytes, timeout: float, ended: int
 
 
 def _exchange(process: subprocess.Popen[bytes], facts: bytes, deadline: float) -> bytes | None:
-    """Give it the facts and take what it writes, up to its end; no more of it than is good. None where time is up."""
+    """Give it the facts and take what it has written when it ends; no more than is good. None where time is up.
+
+    What it has started may go on, and hold its output open.
+    """
     assert process.stdin is not None and process.stdout is not None  # noqa: S101  # both were asked for
-    said, poll = b"", select.poll()
-    for stream, events in ((process.stdin, select.POLLOUT), (process.stdout, select.POLLIN)):
-        os.set_blocking(stream.fileno(), False)
-        poll.register(stream, events)
-    while len(said) <= _ANSWER_BYTES:
-        left = deadline - time.monotonic()
-        ready = dict(poll.poll(left * 1000)) if left > 0 else {}
-        if not ready:
-            return None
-        if process.stdout.fileno() in ready:
-            if not (piece := os.read(process.stdout.fileno(), 1 << 16)):
-                break
-            said += piece
-        elif facts:
-            try:
-                facts = facts[os.write(process.stdin.fileno(), facts) :]
-            except BrokenPipeError:
-                facts = b""  # it does not want to know
-            if not facts:
-                poll.unregister(process.stdin)
-                process.stdin.close()
+    said, poll, ended = b"", select.poll(), os.pidfd_open(process.pid)
     try:
-        process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return None
+        for fd, events in ((process.stdin.fileno(), select.POLLOUT), (process.stdout.fileno(), select.POLLIN)):
+            os.set_blocking(fd, False)
+            poll.register(fd, events)
+        poll.register(ended, select.POLLIN)
+        while len(said) <= _ANSWER_BYTES:
+            left = deadline - time.monotonic()
+            ready = dict(poll.poll(left * 1000)) if left > 0 else {}
+            if not ready:
+                return None
+            if process.stdout.fileno() in ready:
+                if piece := os.read(process.stdout.fileno(), 1 << 16):
+                    said += piece
+                else:
+                    poll.unregister(process.stdout)
+            elif ended in ready:
+                break
+            elif facts:
+                try:
+                    facts = facts[os.write(process.stdin.fileno(), facts) :]
+                except BrokenPipeError:
+                    facts = b""  # it does not want to know
+                if not facts:
+                    poll.unregister(process.stdin)
+                    process.stdin.close()
+    finally:
+        os.close(ended)
     return said
 
 

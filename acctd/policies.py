@@ -111,4 +111,5 @@ class Shortage:
         None  # bytes by kind, named as in memory.stat; None where it could not be read any more
     )
     processes: tuple[LargeProcess, ...] = ()  # the ten largest, largest first
+    waited: float | None = None  # s that it had waited when it was released, where that is known
     text: str = ""  # one sentence for its owner

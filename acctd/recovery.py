@@ -98,8 +98,8 @@ def _recover_one(agent: Agent, seen: OpenJob, adopt: Callable[[Job], None] | Non
         readers.open_for(job, agent.nfs)
     agent.held[row.seq] = job
     if stays and adopt is not None:
-        if row.phase == "running" and row.terms.member is None and row.terms.watcher is None:
-            # Of an `acctd run` that has died: nobody will finish it, so it is given up once it has ended.
+        if row.terms.run:
+            # Whose `acctd run` has died: nobody will finish it, so it is given up once it has ended.
             job.row = replace(row, terms=replace(row.terms, watcher=seen.keeper))
         adopt(job)
         return None

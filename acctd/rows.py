@@ -51,6 +51,7 @@ class Terms:
     member: str | None = None  # a process of the job that is waited for
     ended_ns: int | None = None  # CLOCK_BOOTTIME when the job was seen to have no process any more
     families: bool = False  # one was ever inside it: from then on it is read so that they are not in its own counts
+    run: bool = False  # by an `acctd run`, which alone would have finished it
     moved: bool = False  # the pipe leads into a namespace of the owner's own, see pipe.move
 
 

@@ -5,6 +5,7 @@ hear(). What is put on record is inquest.py's; how a job is ended for good is it
 (guard.py) sees that no job waits for ever for a keeper that is dead. Knows no socket and no event loop.
 """
 
+import re
 import select
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from acctd.agent import Agent
 from acctd.cgroup.memory import JobMemory
 from acctd.ears import Ears
 from acctd.errors import AcctdError
-from acctd.guard import Guard, released
+from acctd.guard import Deed, Guard, released
 from acctd.job import Job
 from acctd.kernel import memevents, procs
 from acctd.kernel.memevents import Ear
@@ -455,8 +456,7 @@ class Shortages:
             if watched is not None:
                 watched.last = time.monotonic()
                 if deed.what == "released" and not watched.ending:
-                    said = {"waited": watched.job.spec.oom.deadline}
-                    self._keep(watched.job, self._examine(watched.job, "released", said=said))
+                    self._keep(watched.job, _released(watched.job, deed))
                     self._answered(watched)  # too late
                     watched.thaw(self.guard)
                     watched.loose = True
@@ -471,8 +471,7 @@ class Shortages:
         for deed in released(self._agent.config.runtime_dir):
             if deed.name == job.spec.id and deed.time >= job.row.created:
                 if deed.what == "released":
-                    said = {"waited": job.spec.oom.deadline}
-                    self._keep(job, replace(self._examine(job, "released", said=said), time=deed.time))
+                    self._keep(job, _released(job, deed))
                     found = True
                 deed.remove()
         return found
@@ -508,3 +507,9 @@ class Shortages:
             for inner in self._agent.held.values():
                 if any(place is job for place in inquest.above(self._agent.held, inner)):
                     inner.ran_out(inquest.told_to(inner, shortage, "parent"))
+
+
+def _released(job: Job, deed: Deed) -> Shortage:
+    """What a guardian did. By now the kernel has killed; who was large before that is not known any more."""
+    waited = re.search(r"for ([0-9.]+) s", deed.text)
+    return inquest.unseen(job, action="released", at=deed.time, waited=float(waited[1]) if waited else None)

@@ -11,7 +11,7 @@ _MB = 1 << 20
 _KINDS = {"anon": "heap", "shmem": "shared", "file": "page cache", "kernel": "kernel", "sock": "sockets"}
 """What makes up the usage, in words that a user knows; swap comes on top."""
 
-_GOES_ON = ("grown", "released")
+_GOES_ON = ("grown", "released", "undecided")
 """What is done to a job that waits at its limit, and so is not over it."""
 
 
@@ -22,14 +22,13 @@ def sentence(
     own_limit: int | None = None,
     swap: int | None = None,
     raised_to: int | None = None,
-    waited: float | None = None,
     unseen: int = 0,
 ) -> str:
     """What happened to `job`, as one sentence; `shortage` is whole but for its text.
 
     `own_limit` is the job's own memory limit in bytes (None: it has none), told where another one was reached; `swap`
-    the bytes of swap beside the limit that was; `raised_to` what that limit became; `waited` the seconds in which
-    nobody decided; `unseen` the number of processes that there was no time to look at.
+    the bytes of swap beside the limit that was; `raised_to` what that limit became; `unseen` the number of processes
+    that there was no time to look at.
     """
     limit = "memory limit" if shortage.limit is None else f"memory limit of {_amount(shortage.limit)}"
     if swap:
@@ -56,10 +55,10 @@ def sentence(
             ended, whose = f"job {job} was {{}}", f"job {job}'s"
             fine = f"; the job {itself}{facts} and may be submitted again as it is"
             advice = f"; the job had no memory limit{facts}" if own_limit is None else fine
-    return f"{cause}{_outcome(shortage, ended, whose, raised_to, waited)}{advice}."
+    return f"{cause}{_outcome(shortage, ended, whose, raised_to)}{advice}."
 
 
-def _outcome(shortage: Shortage, ended: str, whose: str, raised_to: int | None, waited: float | None) -> str:
+def _outcome(shortage: Shortage, ended: str, whose: str, raised_to: int | None) -> str:
     """What was done. `ended` takes the participle of it, `whose` are the processes that the kernel killed."""
     # Where nobody counted them (not every kernel does), nothing is said of whom it killed.
     killed = f"killed {f'{shortage.kills} of {whose} processes' if shortage.kills else 'to make room'}"
@@ -73,7 +72,7 @@ def _outcome(shortage: Shortage, ended: str, whose: str, raised_to: int | None, 
         case "grown":
             return f"; its limit was raised{'' if raised_to is None else f' to {_amount(raised_to)}'} and it goes on"
         case "released":
-            time = "in time" if waited is None else f"within {waited:g} s"
+            time = "in time" if shortage.waited is None else f"within {shortage.waited:g} s"
             then = f" and {killed}" if shortage.kills else ""
             return f"; nobody decided {time}, so the kernel's own killer was let loose{then}"
         case "undecided":

@@ -25,6 +25,7 @@ from acctd.model import DestinationClass, JobSpec, NetworkMode, Owner, Record, p
 from acctd.network import resolver
 from acctd.policies import OOM_ACTIONS, OomAction
 from acctd.recovery import recover
+from acctd.rows import Terms
 from acctd.shortages import Shortages
 from exporters.classad import format_ad, record_ad
 
@@ -128,7 +129,7 @@ def _account(
     *,
     quiet: bool,
 ) -> Record:
-    job = agent.create(spec)
+    job = agent.create(spec, terms=Terms(run=True))
     # A job with a namespace has a loopback of its own, where the host's resolver does not listen.
     servers = resolver.host_servers() if spec.network == "nat" else []
     started = False

@@ -29,7 +29,7 @@ BARE = Shortage(1.0, "job", "12.0", "killed", None, None)
 
 IN_USE = " (in use 2047 MB: 1990 MB heap, 30 MB shared, 28 MB kernel; largest: python3, pid 4711, 1800 MB)"
 
-ACTIONS = ("killed by the kernel", "killed", "held", "grown", "released")
+ACTIONS = ("killed by the kernel", "killed", "held", "grown", "released", "undecided")
 
 
 def test_a_job_over_its_limit():
@@ -49,6 +49,9 @@ def test_a_job_over_its_limit():
         ("grown", {"raised_to": 40 * MB},
          "Job 12.0 reached its memory limit; its limit was raised to 40 MB and it goes on."),
         ("grown", {}, "Job 12.0 reached its memory limit; its limit was raised and it goes on."),
+        ("undecided", {},
+         "Job 12.0 reached its memory limit; before it was decided what to do, it ended or had another limit; submit it "
+         "again with more memory."),
         ("released", {"waited": 10.0},
          "Job 12.0 reached its memory limit; nobody decided within 10 s, so the kernel's own killer was let loose and "
          "killed 2 of its processes; submit it again with more memory."),
@@ -60,7 +63,8 @@ def test_a_job_over_its_limit():
     ],
 )  # fmt: skip
 def test_each_action_has_its_words(action, facts, text):
-    assert sentence("12.0", replace(BARE, action=action, kills=2), **facts) == text
+    waited = facts.pop("waited", None)
+    assert sentence("12.0", replace(BARE, action=action, kills=2, waited=waited), **facts) == text
 
 
 @pytest.mark.parametrize(
@@ -133,7 +137,7 @@ def test_what_was_not_looked_at_is_said():
 def test_any_facts_make_one_line(level, action, name, number, memory):
     processes = (LargeProcess(1, name, number or 0, 0.0),)
     shortage = Shortage(0.0, level, None, action, number, number, 0, memory, processes)
-    text = sentence("12.0", shortage, own_limit=number, raised_to=number, waited=0.1)
+    text = sentence("12.0", shortage, own_limit=number, raised_to=number)
     assert text.isprintable()
     assert text.endswith(".")
     assert ("submit it again with more memory" in text) == (level == "job" and action != "grown")

@@ -4,7 +4,6 @@ What the unit takes away from the agent, and what systemd thinks of the processe
 """
 
 import json
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -110,38 +109,49 @@ def test_a_job_over_its_limit_is_held() -> None:
     assert [entry["PRIORITY"] for entry in told] == ["6"]
 
 
-def test_who_decides_and_who_guards_outlive_the_agent() -> None:
-    """Asked three times about one job: the agent is stopped, the agent is killed, and then there is an answer."""
+def test_the_guardian_outlives_the_agent_until_the_next_one_acts() -> None:
+    """The program that was asked does not: the next agent asks again."""
     ANSWER.write_text(_WAIT)
-    state = BASE / "job_asked/cgroup.freeze"
+    create("asked", "--memory", "24M", "--swap", "0", "--oom", "exec", "--oom-deadline", "100")
+    process = hog("asked")
+    until(FACTS.exists, "the program is not asked")
+    assert json.loads(FACTS.read_text())["job"] == "asked"
+    assert (BASE / "job_asked/cgroup.freeze").read_text() == "1\n"
+    before, entries = main_pid(), len(journal())
+    guardian, program = sorted(beside(before))
+    ANSWER.write_text('echo \'{"action": "kill"}\'')
+    run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "acctd.service")
+    assert process.wait() in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    assert said(f"left-over process {guardian} (python", entries)
+    assert not said(f"left-over process {program} ", entries)
+    until(lambda: guardian not in beside(main_pid()), "the guardian of the dead agent stays")
+    (shortage,) = finish("asked")["shortages"]
+    assert shortage["action"] == "killed"
+
+
+def test_a_stopped_job_is_let_go_when_its_agent_goes() -> None:
+    """In peace, by itself; and where it was killed and no other one comes, by the guardian, which then ends."""
+    ANSWER.write_text(_WAIT)
+    FACTS.unlink()
+    state = BASE / "job_waits/cgroup.freeze"
     with drop_in("Restart=no"):
-        create("asked", "--memory", "24M", "--swap", "0", "--oom", "exec", "--oom-deadline", "3")
-        process = hog("asked")
+        create("waits", "--memory", "24M", "--swap", "0", "--oom", "exec", "--oom-deadline", "3")
+        process = hog("waits")
         until(FACTS.exists, "the program is not asked")
-        assert json.loads(FACTS.read_text())["job"] == "asked"
-        assert state.read_text() == "1\n"
         assert len(beside(main_pid())) == 2
-        # An agent that goes in peace takes both along, and lets the job be.
         run("systemctl", "stop", "acctd.socket", "acctd.service")
         assert (state.read_text(), beside(0)) == ("0\n", {})
         FACTS.unlink()
         run("systemctl", "start", "acctd.service")
         until(FACTS.exists, "the next agent does not ask again")
-        FACTS.unlink()
-        entries = len(journal())
         run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "acctd.service")
         until(lambda: shown("acctd.service", "ActiveState") == ["failed"], "systemd does not see the agent's end")
         until(lambda: state.read_text() == "0\n", "nobody lets the job go")
-        until(lambda: len(beside(0)) == 1, "the guardian stays although nothing is left to guard")
-        assert len(said("remains running after unit stopped", entries)) == 2
-        ((program, name),) = beside(0).items()
-        ANSWER.write_text('echo \'{"action": "kill"}\'')
+        until(lambda: not beside(0), "the guardian stays although nothing is left to guard")
         run("systemctl", "start", "acctd.service")
-        assert said(f"left-over process {program} ({name})", entries)
-        assert process.wait() in (-signal.SIGKILL, 128 + signal.SIGKILL)
-        os.kill(program, signal.SIGKILL)
-        (shortage,) = finish("asked")["shortages"]
-        assert shortage["action"] == "killed"
+    run("acctd-hook", "kill", "--job", "waits")
+    assert process.wait() in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    finish("waits")
 
 
 def test_a_program_that_runs_out_of_memory_is_not_the_agents_end() -> None:
