@@ -112,7 +112,7 @@ def test_a_job_over_its_limit_is_held() -> None:
 def test_the_guardian_outlives_the_agent_until_the_next_one_acts() -> None:
     """The program that was asked does not: the next agent asks again."""
     ANSWER.write_text(_WAIT)
-    create("asked", "--memory", "24M", "--swap", "0", "--oom", "exec", "--oom-deadline", "100")
+    create("asked", "--memory", "24M", "--swap", "0", "--oom", "exec", "--oom-deadline", "20")
     process = hog("asked")
     until(FACTS.exists, "the program is not asked")
     assert json.loads(FACTS.read_text())["job"] == "asked"
