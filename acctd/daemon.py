@@ -52,7 +52,7 @@ class Daemon:
         self._errands = Errands(self.news.trouble)
         self._relays = Relays(agent)
         self._ticking = False
-        self._shortages = Alarms(
+        self.shortages = Alarms(
             agent,
             tell=self.news.tell,
             trouble=self.news.trouble,
@@ -69,7 +69,7 @@ class Daemon:
         for path, said in unaccounted(self.agent):
             self.news.tell(None, "unaccounted", f"started without an agent: {said}")
             path.unlink()
-        self._shortages.start()
+        self.shortages.start()
         self._take_over()
         for deed in released(self.agent.config.runtime_dir):
             self.news.tell(
@@ -90,7 +90,7 @@ class Daemon:
             self._keep_watch(job)
             self._relays.open(job)
             with self._telling(job):
-                self._shortages.take_over(job)
+                self.shortages.take_over(job)
             # Before anything is mended: the kernel went on counting.
             with self._telling(job):
                 self.agent.read_one(job)
@@ -104,7 +104,7 @@ class Daemon:
         for job in self.jobs.values():
             with self._telling(job):
                 self.agent.read_one(job)
-        self._shortages.close()
+        self.shortages.close()
         self.books.store(self.jobs.values())
         for job in self.jobs.values():
             job.close()
@@ -140,10 +140,10 @@ class Daemon:
             raise UsageError(f"parent {parent.spec.id!r} is being finished; it takes no family any more")
         job = self.agent.create(spec, parent, terms)
         try:
-            self._shortages.listen(job)
+            self.shortages.listen(job)
             self.agent.ledger.made(job.row.seq)
-        except AcctdError:
-            self._shortages.forget(job)
+        except BaseException:
+            self.shortages.forget(job)
             self.agent.abandon(job)
             raise
         job.row = replace(job.row, phase="made")
@@ -227,6 +227,8 @@ class Daemon:
     async def set_limits(self, job: Job, limits: Limits, *, reclaim: bool) -> None:
         """Change what a job may use. Raises as Agent.set_limits does; nothing has changed then."""
         try:
+            while job.row.seq in self.shortages.pushed:
+                await asyncio.sleep(0.005)  # its limit is another one for a moment
             if reclaim:
                 # Beside the loop: swapping takes its time.
                 await asyncio.to_thread(change, job.cgroups, job.spec.limits, limits, reclaim=True)
@@ -235,7 +237,7 @@ class Daemon:
             self.agent.set_limits(job, limits, reclaim=False)
         finally:
             if self.jobs.get(job.spec.id) is job:
-                self._shortages.listen(job)  # its policy has files of its own beside the limit's
+                self.shortages.listen(job)  # its policy has files of its own beside the limit's
         self.news.tell(job, "limits", f"changed: {limits.told()}")
 
     def track(self, job: Job, rule: Rule) -> set[int]:
@@ -334,7 +336,7 @@ class Daemon:
         for inner in family.below(self.jobs, job):
             await self.unregister(inner)
         if parent is not None:
-            self._shortages.forget(job)
+            self.shortages.forget(job)
             self.agent.fold(job, parent)
         return await self.finish(job, Ending(at=boottime()))
 
@@ -354,7 +356,7 @@ class Daemon:
         self.jobs.pop(job.spec.id, None)
         self._vigil.forget(job.spec.id)
         self._relays.close(job.spec.id)
-        self._shortages.forget(job)
+        self.shortages.forget(job)
         self._errands.drop(job)
 
     def _record_of(self, job: Job) -> Record:

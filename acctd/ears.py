@@ -63,6 +63,12 @@ class Ears:
     def hear(self) -> None:
         """Do what is to be done now."""
         self._hearing = True
+        try:
+            self._hear()
+        finally:
+            self._hearing = False
+
+    def _hear(self) -> None:
         with suppress(BlockingIOError):
             os.eventfd_read(self._wake)
         now = time.monotonic()
@@ -75,7 +81,6 @@ class Ears:
         for fd, _ in self._epoll.poll(0):
             if (found := self._ears.get(fd)) is not None and found.muted is None:
                 found.heard()
-        self._hearing = False
 
     def close(self) -> None:
         self._epoll.close()

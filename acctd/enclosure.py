@@ -29,7 +29,8 @@ def plan(wanted: Isolation, place: str, config: IsolationConfig) -> Plan | None:
     binds = list(chroot.binds) if chroot is not None else []
     binds += [(str(own), target, False) for own, target in scratch.entries(place, wanted.scratch)]
     return {
-        "pid_namespace": wanted.pid_namespace,
+        # Another root without it is left by way of /proc/PID/root of any process of the same owner.
+        "pid_namespace": wanted.pid_namespace or chroot is not None,
         "root": chroot.root if chroot is not None else None,
         "binds": [list(bind) for bind in binds],
         # What only the job asks for may lie anywhere, also over what set-user-id programs trust, such as /etc.

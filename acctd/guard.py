@@ -10,6 +10,7 @@ as in guardian.py.
 """
 
 import json
+import logging
 import os
 import select
 import subprocess
@@ -25,6 +26,8 @@ from typing import Literal, NamedTuple, cast
 from acctd.errors import AcctdError, KernelRefusedError
 from acctd.kernel import private
 from acctd.model import check_job_id
+
+log = logging.getLogger("acctd")
 
 _PLACE = str(Path(__file__).parent)
 _PROGRAM = "import sys; sys.path.append(sys.argv.pop(1)); from guardian import main; main()"
@@ -235,7 +238,7 @@ def released(runtime_dir: Path) -> list[Deed]:
 
     A job's id may have been given anew since: `time` says which one it was.
 
-    Raises AcctdError for a file there that is none of theirs.
+    A file there that is none of theirs is put out of sight, and logged.
     """
     found = []
     for path in sorted((runtime_dir / "released").glob("[!.]*")):
@@ -245,7 +248,8 @@ def released(runtime_dir: Path) -> list[Deed]:
         except FileNotFoundError:
             continue  # another keeper has just told it
         except (OSError, ValueError, LookupError) as e:
-            raise AcctdError(f"cannot read {path}, which should tell of a job let go: {e}; remove it") from e
+            log.error("cannot read %s, which should tell of a job let go: %s; it is now .%s", path, e, path.name)
+            path.rename(path.with_name(f".{path.name}"))
     return sorted(found, key=lambda deed: deed.time)
 
 

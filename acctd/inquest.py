@@ -99,6 +99,20 @@ def above(held: Mapping[int, Job], job: Job) -> Iterator[Job]:
         parent = held[parent].row.parent
 
 
+def tell_around(held: Mapping[int, Job], job: Job, shortage: Shortage) -> list[Job]:
+    """Put it on record with the jobs above, and those inside that ended with it, as what it is to them; gives those."""
+    told = []
+    for outer in above(held, job):
+        outer.ran_out(told_to(outer, shortage, "family"))
+        told.append(outer)
+    if shortage.action in ("killed", "held"):
+        for inner in held.values():
+            if any(place is job for place in above(held, inner)):
+                inner.ran_out(told_to(inner, shortage, "parent"))
+                told.append(inner)
+    return told
+
+
 def _sentence(job: Job, shortage: Shortage, said: Mapping[str, float]) -> str:
     limits = job.spec.limits
     own = shortage.level == "job"

@@ -37,6 +37,7 @@ _MS_SLAVE, _MS_RELATIME, _MS_STRICTATIME = 0x80000, 0x200000, 0x1000000
 _MNT_DETACH = 2
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS = 1, 4, 15, 38
 _SI_KERNEL = 0x80
+_STOPS = {signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 _FLAGS = {
     "ro": _MS_RDONLY, "nosuid": _MS_NOSUID, "nodev": _MS_NODEV, "noexec": _MS_NOEXEC, "noatime": _MS_NOATIME,
     "nodiratime": _MS_NODIRATIME, "relatime": _MS_RELATIME,
@@ -103,17 +104,27 @@ def _retire(kept: int, shed: "Callable[[], None]") -> None:
 
 
 def _watch(command: int) -> int:
-    """Wait for the command's end, passing on what comes; its wait status."""
+    """Wait for the command's end, passing on what comes; its wait status.
+
+    Stops as the command stops if that is what we were asked for, by a terminal or a starter, who will have us go on. A
+    command that was stopped by others is continued by others, and nobody would think of us.
+    """
+    asked = False
     while True:
         event = signal.sigwaitinfo(signal.valid_signals())
+        asked = asked or event.si_signo in _STOPS or bool(signal.sigpending() & _STOPS)
         if event.si_signo == signal.SIGCHLD:
             pid, status = os.waitpid(command, os.WNOHANG | os.WUNTRACED)
             if pid and not os.WIFSTOPPED(status):
                 return status
-            if pid:
+            if pid and asked:
+                asked = False
                 os.kill(os.getpid(), signal.SIGSTOP)  # whoever waits for us is to see it
         elif event.si_code != _SI_KERNEL:  # the terminal's reach the whole group by themselves
-            os.kill(command, event.si_signo)
+            try:
+                os.kill(command, event.si_signo)
+            except PermissionError:
+                continue  # it has become somebody else, as sudo does; its starter could not reach it either
 
 
 def _end_as(status: int) -> "NoReturn":

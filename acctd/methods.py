@@ -181,6 +181,7 @@ class Methods:
             network="parent" if parent else "host",
             tags=wanted.tags or {},
             parent=wanted.parent,
+            oom=self._daemon.agent.config.oom.default,
         )
         job = self._daemon.register(spec, pid, _terms(caller, wanted.watcher, wanted.interval), caller.uid or None)
         return {"job": spec.id, "cgroups": [str(directory.path) for _, directory in job.cgroups.all()]}
@@ -307,6 +308,7 @@ class Methods:
 
     async def _suspend(self, caller: Caller, wanted: _OfJob) -> Answer:
         job = self._own(caller, wanted.job)
+        self._daemon.shortages.leave_frozen(job)
         job.cgroups.freeze()
         self._daemon.news.tell(job, "suspended", f"by uid {caller.uid}")
         return {}

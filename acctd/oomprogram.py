@@ -7,11 +7,13 @@ shortages.py's. Nothing goes through a shell.
 import os
 import select
 import signal
+import stat
 import subprocess
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -92,6 +94,10 @@ def unusable(program: str) -> str | None:
         return f"oom.program {program} cannot be looked at: {e.strerror}; see the configuration"
     if found.st_uid != 0 or found.st_mode & 0o022:
         return f"oom.program {program} can be changed by others than root; give it to root, with mode 0755"
+    for directory in Path(program).resolve().parents:
+        place = os.stat(directory)
+        if place.st_uid != 0 or (place.st_mode & 0o022 and not place.st_mode & stat.S_ISVTX):
+            return f"oom.program {program} lies in {directory}, which others than root can change; move it"
     if not os.access(program, os.X_OK):
         return f"oom.program {program} is not executable; give it mode 0755"
     return None

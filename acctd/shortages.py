@@ -47,6 +47,8 @@ class Shortages:
         self._agent, self._tell, self._trouble, self._see_end = agent, tell, trouble, end
         self._ears = Ears()
         self._watched: dict[int, Watched] = {}  # by the job's seq
+        self.pushed: set[int] = set()
+        """Jobs whose limit is a low one for a moment, by seq: see alarms.py."""
         self._examined: set[int] = set()  # jobs that are being read for evidence, by seq
         self.guard = Guard(agent.config.runtime_dir, lambda e: trouble(None, e))
         self._ears.add(self.guard.fileno(), select.EPOLLIN, self._guardian_speaks)
@@ -98,6 +100,13 @@ class Shortages:
             self.guard.forget(job.spec.id)
             self.guard.thawed(job.spec.id)
 
+    def leave_frozen(self, job: Job) -> None:
+        """Somebody suspends it: what we have stopped stays so, whatever comes of that."""
+        watched = self._watched.get(job.row.seq)
+        if watched is not None and watched.frozen:
+            watched.frozen = False
+            self.guard.thawed(job.spec.id)
+
     def hear(self) -> None:
         """Deal with what the kernel, the guardian and programs have said. Never waits and never raises for one job."""
         self._ears.hear()
@@ -147,6 +156,8 @@ class Shortages:
     def _ran_out(self, watched: Watched) -> None:
         try:
             if watched.out is not None and watched.out.clear() and watched.memory.directory.exists():
+                if watched.job.row.seq in self.pushed:
+                    return
                 self._hear_v1(watched) if watched.memory.v1 else self._hear_v2(watched)
         except (AcctdError, OSError) as e:
             self._trouble(watched.job, e)
@@ -178,18 +189,6 @@ class Shortages:
         if ear is not None and now - watched.idle < _MUTE:
             self._ears.mute(ear.fileno(), _MUTE)
         watched.idle = now
-
-    def _crossed(self, watched: Watched) -> None:
-        try:
-            if watched.usage is not None and watched.usage.clear() and watched.memory.directory.exists():
-                self._warn(watched, watched.memory.held())
-                self._said_too_much(watched, watched.usage)
-                self._under_pressure(watched.job)
-        except (AcctdError, OSError) as e:
-            self._trouble(watched.job, e)
-
-    def _under_pressure(self, job: Job) -> None:
-        """v1: a job comes close to its limit. With families inside, somebody may be pushed back: see alarms.py."""
 
     def _warn(self, watched: Watched, held: int) -> None:
         """Tell of the highest threshold that is crossed, once, until the job is well below it again."""
@@ -366,8 +365,9 @@ class Shortages:
         """Make the kernel wait for us, if the policy needs that; never without a guardian."""
         job, limit = watched.job, watched.limit
         if limit is None or job.spec.oom.action == "kernel":
-            if watched.memory.v1:
-                watched.memory.directory.write("memory.oom_control", "0")  # a family inherits 1 from its parent
+            # v1: a family inherits from its parent that tasks wait. v2: there may have been a limit before.
+            if watched.memory.v1 or job.spec.oom.action != "kernel":
+                watched.memory.disarm()
             return
         if watched.memory.v1:
             self.guard.watch(job.spec.id, watched.memory.directory.path, job.spec.oom.deadline)
@@ -395,7 +395,7 @@ class Shortages:
             return
         watched.asking, watched.asked = asking, shortage
         self._ears.add(asking.fileno(), select.EPOLLIN, lambda: self._follow(watched, shortage))
-        self._tell(job, "memory", f"{program} is asked what to do: {shortage.text}")
+        self._tell(job, "memory", f"nothing is left below its limit, and {program} is asked what to do")
 
     def _answered(self, watched: Watched) -> None:
         if watched.asking is not None:
@@ -451,6 +451,12 @@ class Shortages:
 
     def _guardian_speaks(self) -> None:
         """The guardian has let a job go that waited for us for too long, or could not watch one."""
+        try:
+            self._hear_guardian()
+        except (AcctdError, OSError) as e:
+            self._trouble(None, e)
+
+    def _hear_guardian(self) -> None:
         for deed in self.guard.news():
             watched = next((w for w in self._watched.values() if w.job.spec.id == deed.name), None)
             if watched is not None:
@@ -498,15 +504,14 @@ class Shortages:
     def _keep(self, job: Job, shortage: Shortage) -> None:
         """Put it into the record of the job, and of those that it is part of or that were part of it, and tell."""
         job.ran_out(shortage)
+        told = [job]
+        if shortage.level == "job":
+            told += inquest.tell_around(self._agent.held, job, shortage)
+        try:
+            self._agent.store(told)  # whoever dies now has it on record
+        except AcctdError as e:
+            self._trouble(job, e)  # kept in memory, and stored with the next reading
         self._tell(job, "out-of-memory", shortage.text)
-        if shortage.level != "job":
-            return
-        for above in inquest.above(self._agent.held, job):
-            above.ran_out(inquest.told_to(above, shortage, "family"))
-        if shortage.action in ("killed", "held"):
-            for inner in self._agent.held.values():
-                if any(place is job for place in inquest.above(self._agent.held, inner)):
-                    inner.ran_out(inquest.told_to(inner, shortage, "parent"))
 
 
 def _released(job: Job, deed: Deed) -> Shortage:

@@ -6,6 +6,7 @@ What happens when is shortages.py's.
 from dataclasses import dataclass
 
 from acctd.cgroup.memory import JobMemory, Troubles
+from acctd.errors import KernelRefusedError
 from acctd.guard import Guard
 from acctd.job import Job
 from acctd.kernel.memevents import Ear
@@ -60,6 +61,10 @@ class Watched:
     def thaw(self, guard: Guard) -> None:
         """Let it go on, if we have stopped it."""
         if self.frozen:
-            self.job.cgroups.thaw()
             self.frozen = False
+            try:
+                self.job.cgroups.thaw()
+            except KernelRefusedError:
+                if self.memory.directory.exists():
+                    raise
             guard.thawed(self.job.spec.id)

@@ -5,7 +5,7 @@ have more than the configuration gives everybody is decided in methods.py, but f
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import msgspec
@@ -34,7 +34,9 @@ def oom(config: Config, wanted: Mapping[str, Any], *, root: bool) -> OomPolicy:
     if policy.action == "exec" and config.oom.program is None:
         raise UsageError("oom action exec needs oom.program in the configuration, what decides then; set it there")
     ceiling = config.oom.ceiling
-    if not root and policy.ceiling is not None and (ceiling is None or policy.ceiling > ceiling):
+    if not root and policy.ceiling is None:
+        policy = replace(policy, ceiling=ceiling)  # also for what a program answers
+    elif not root and policy.ceiling is not None and (ceiling is None or policy.ceiling > ceiling):
         most = "the configuration has no oom.ceiling" if ceiling is None else f"oom.ceiling is {ceiling}"
         raise NotPermittedError(f"oom ceiling {policy.ceiling} is only for root to ask for: {most}; ask for less")
     return policy

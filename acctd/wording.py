@@ -78,7 +78,7 @@ def _outcome(shortage: Shortage, ended: str, whose: str, raised_to: int | None) 
         case "undecided":
             return "; before it was decided what to do, it ended or had another limit"
         case other:
-            return f"; what was done: {_clean(other)}"
+            return f"; what was done: {clean(other)}"
 
 
 def _facts(shortage: Shortage, unseen: int) -> str:
@@ -91,7 +91,7 @@ def _facts(shortage: Shortage, unseen: int) -> str:
         parts.append(f"in use: {kinds}")
     if shortage.processes:
         first = shortage.processes[0]
-        parts.append(f"largest: {_clean(first.name)}, pid {first.pid}, {_amount(first.resident)}")
+        parts.append(f"largest: {clean(first.name)}, pid {first.pid}, {_amount(first.resident)}")
     if unseen:
         parts.append(f"processes not looked at: {unseen}")
     return f" ({'; '.join(parts)})" if parts else ""
@@ -113,6 +113,6 @@ def _amount(number: int) -> str:
     return f"{(number + _MB // 2) // _MB} MB" if number >= _MB else f"{-(-number // 1024)} KB"
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """A name that somebody else chose, on one line: it may hold newlines and escape sequences."""
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -8,6 +8,7 @@ fs/nfs/super.c nfs_show_stats(), net/sunrpc/stats.c rpc_clnt_show_stats().
 The counters go away with the last process of the namespace; an open table keeps them, so the last reading is whole.
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -294,6 +295,10 @@ class NfsReader:
                     tables = Tables(pid)
                 except (FileNotFoundError, ProcessLookupError):
                     continue  # it ended, or is no process of this job any more
+                except OSError as e:
+                    if e.errno != errno.EINVAL:
+                        raise
+                    continue  # a zombie, which has no mounts any more
                 if tables.id != found:
                     tables.close()
                     continue  # it moved on meanwhile: the next look finds it

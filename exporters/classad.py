@@ -24,7 +24,7 @@ from acctd.metrics import (
     camel,
 )
 from acctd.model import INT64_MAX, Limits, Record
-from acctd.wording import sentence
+from acctd.wording import clean, sentence
 
 ClassAdValue = str | int | float | bool
 
@@ -164,7 +164,7 @@ def _put_shortages(ad: _Ad, record: Record) -> None:
     for kind, size in (last.memory or {}).items():
         ad.put(f"AcctdOomMemory{camel(kind)}", size)
     if last.processes:
-        largest = (f"{process.pid} {process.name} {process.resident}" for process in last.processes)
+        largest = (f"{process.pid} {clean(process.name)} {process.resident}" for process in last.processes)
         ad.put("AcctdOomLargest", ", ".join(largest))
     ad.put("AcctdOomText", last.text or None)
 

@@ -10,9 +10,6 @@ from typing import NamedTuple
 from acctd.kernel import procs
 from acctd.kernel.cgroupfs import CgroupDir
 
-_UNLIMITED = 1 << 62
-"""v1 writes "no limit" as the highest number of whole pages."""
-
 
 class Troubles(NamedTuple):
     """What has befallen one cgroup so far."""
@@ -30,11 +27,6 @@ class JobMemory:
         self.directory = directory
         self._own = own
         self.v1 = directory.has("memory.oom_control")
-
-    def limit(self) -> int | None:
-        """Bytes that this job can never go over; None without a limit of its own."""
-        text = self._text("memory.limit_in_bytes" if self.v1 else "memory.max")
-        return int(text) if text.isdecimal() and int(text) < _UNLIMITED else None
 
     def usage(self) -> int:
         """Bytes charged to it now, page cache included."""

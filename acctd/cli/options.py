@@ -1,5 +1,6 @@
 """The options of a job's limits, for the commands that set them: acctd run and acctd limit."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args
 
@@ -52,8 +53,11 @@ def _value(name: str, text: str) -> object:
         return parse_size(name, text)
     if name in _WHOLE or name in _REAL:
         try:
-            return int(text) if name in _WHOLE else float(text)
+            number = int(text) if name in _WHOLE else float(text)
         except ValueError:
-            example = "512" if name in _WHOLE else "1.5"
-            raise UsageError(f"--{name.replace('_', '-')} {text!r} is no number; write it like {example}") from None
+            number = math.nan
+        if math.isfinite(number):
+            return number
+        example = "512" if name in _WHOLE else "1.5"
+        raise UsageError(f"--{name.replace('_', '-')} {text!r} is no number; write it like {example}")
     return text

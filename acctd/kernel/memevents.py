@@ -89,7 +89,11 @@ def _on_v1(directory: CgroupDir, file: str, arguments: Iterable[str]) -> Ear | N
     fd = opened.detach()
     if fd is None:
         return None
-    ear = EventEar(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+    try:
+        ear = EventEar(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+    except OSError:
+        os.close(fd)
+        raise
     try:
         for argument in arguments:
             directory.write("cgroup.event_control", f"{ear.fileno()} {fd} {argument}".strip())

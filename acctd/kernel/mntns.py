@@ -106,9 +106,11 @@ class Tables:
         try:
             # The shell ends at once; cat is nobody's child then, and holds what it got until we have closed ours.
             subprocess.run(
-                ["/bin/sh", "-c", f"cat <&{read} >/dev/null &"],
-                pass_fds=(read, self._info, self._stats),
-                stdin=subprocess.DEVNULL,
+                # By another number first: a shell gives what it starts with & an empty input, and dash knows no
+                # descriptor above 9.
+                ["/bin/sh", "-c", "exec 3<&0; cat <&3 >/dev/null &"],
+                pass_fds=(self._info, self._stats),
+                stdin=read,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd="/",

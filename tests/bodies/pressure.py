@@ -49,7 +49,7 @@ class _Heard:
 
     def __init__(self, living: Living) -> None:
         self.count = 0
-        self._alarms = living.daemon._shortages
+        self._alarms = living.daemon.shortages
         self._hear = hear = self._alarms.hear
 
         def counted() -> None:

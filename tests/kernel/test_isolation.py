@@ -280,7 +280,9 @@ def test_each_alone_and_all_together(way: Way, isolation: dict[str, Any]) -> Non
         shown = [line.split()[1:] for line in lines if line.startswith("ps ")]
         # Our own first process, the command and what it has just started; or all that the host has.
         pids = {int(pid) for pid, _ in shown}
-        assert (pids <= {*range(1, 6)} and ["1", "acctd-init"] in shown) == ("pid_namespace" in isolation)
+        assert (pids <= {*range(1, 6)} and ["1", "acctd-init"] in shown) == bool(
+            isolation.keys() & {"pid_namespace", "chroot"}
+        )
         assert (os.getpid() in pids) == ("pid_namespace" not in isolation)
         assert f"uid {NOBODY} {NOBODY}" in lines
         # A directory that only the job asks for takes set-user-id programs away: they may trust what lies there.
@@ -343,6 +345,23 @@ def test_a_stop_is_seen_and_ended_by_the_starter(hook: ByHook) -> None:
     process.send_signal(signal.SIGCONT)
     assert process.communicate("on\n", timeout=30)[0] == "on\n"
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("by", ["the hook", "itself"])
+def test_a_stop_that_the_starter_knows_nothing_of_does_not_hang_it(hook: ByHook, by: str) -> None:
+    """Nobody would continue the process that it waits for."""
+    script = "(sleep 0.3; kill -CONT 2)& kill -STOP $$; exit 5" if by == "itself" else "echo ready; read word; exit 5"
+    process = hook.start({"pid_namespace": True}, "sh", "-c", script, stdin=subprocess.PIPE, process_group=0)
+    assert process.stdout is not None
+    if by == "the hook":
+        assert process.stdout.readline() == "ready\n"
+        job = hook.served.ok("List")["jobs"][0]["id"]
+        (inside,) = hook.served.ok("Signal", job=job, signal=int(signal.SIGSTOP))["pids"]
+        stat = Path(f"/proc/{inside}/stat")
+        until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "it has stopped")
+        hook.served.ok("Signal", job=job, signal=int(signal.SIGCONT))
+    process.communicate("on\n", timeout=30)
+    assert process.returncode == 5
 
 
 def test_a_terminal_is_the_commands_own_and_control_c_reaches_it_once(site: Site) -> None:

@@ -185,7 +185,7 @@ def test_a_shortage_is_told_in_plain_attributes():
         "AcctdOomMemoryAnon": 2_000_000_000,
         "AcctdOomMemoryKernel": 4096,
         "AcctdOomMemoryKernelStack": 0,
-        "AcctdOomLargest": '4711 python3 1900000000, 4712 a "b"\n 5',
+        "AcctdOomLargest": '4711 python3 1900000000, 4712 a "b"? 5',
         "AcctdOomText": "Job 12.0 went over its memory limit.",
         "HoldReasonCode": 34,
         "HoldReasonSubCode": 102,

@@ -50,8 +50,8 @@ def test_a_job_over_its_limit():
          "Job 12.0 reached its memory limit; its limit was raised to 40 MB and it goes on."),
         ("grown", {}, "Job 12.0 reached its memory limit; its limit was raised and it goes on."),
         ("undecided", {},
-         "Job 12.0 reached its memory limit; before it was decided what to do, it ended or had another limit; submit it "
-         "again with more memory."),
+         "Job 12.0 reached its memory limit; before it was decided what to do, it ended or had another limit; submit "
+         "it again with more memory."),
         ("released", {"waited": 10.0},
          "Job 12.0 reached its memory limit; nobody decided within 10 s, so the kernel's own killer was let loose and "
          "killed 2 of its processes; submit it again with more memory."),
