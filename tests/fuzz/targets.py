@@ -9,6 +9,7 @@ import io
 import json
 import os
 import struct
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -20,7 +21,7 @@ from unittest import mock
 
 import msgspec
 
-from acctd import hook, hookcall, hookexec, methods, tracking, varlink
+from acctd import config, hook, hookcall, hookexec, methods, tracking, varlink, wishes
 from acctd.caller import Caller
 from acctd.errors import AcctdError, KernelRefusedError, UsageError
 from acctd.kernel import conntrack, mountinfo, nftrules, procs
@@ -38,6 +39,7 @@ from exporters.classad import format_ad, record_ad
 REPO = Path(__file__).parents[2]
 NETFILTER = REPO / "fixtures/netfilter"
 OWNER = Owner(1000, 1000, "alice")
+CONFIG = config.parse("", None)[0] or sys.exit("the defaults are no configuration")
 _directory = tempfile.TemporaryDirectory(prefix="acctd-fuzz-")  # gone with the process
 _SCRATCH = Path(_directory.name)
 
@@ -113,6 +115,8 @@ def _take(wanted: Any) -> None:
         methods._ending(wanted)
     elif name == "_Track":
         tracking.check(Rule(wanted.environment, wanted.login, wanted.group))
+    elif name == "_SetLimits":
+        wishes.limits(Limits(), wanted.limits)
     elif name in ("_Create", "_Register"):
         methods._terms(Caller(1, 0, 0, ""), wanted.watcher, wanted.interval)
         classes = limits = None
@@ -120,8 +124,10 @@ def _take(wanted: Any) -> None:
         if name == "_Create":
             if wanted.user is not None:
                 methods.accounts.named(wanted.user)
-            limits = methods._limits(Limits(), wanted.limits or {})
-            network = methods._network(wanted.network or "nat")
+            limits = wishes.limits(Limits(), wanted.limits or {}, wanted.requests)
+            network = wishes.network(wanted.network or "nat")
+            wishes.oom(CONFIG, wanted.oom or {}, root=False)
+            wishes.isolation(CONFIG, wanted.isolation or {})
             classes = tuple(parse_class(key, cidrs) for key, cidrs in (wanted.classes or {}).items())
         spec = JobSpec(wanted.job, OWNER, limits or Limits(), network, classes or (), wanted.tags or {}, wanted.parent)
         _is_one_directory(spec.id)
@@ -250,7 +256,10 @@ def proc_status(data: bytes) -> None:
 
 def proc_environ(data: bytes) -> None:
     """Any environment is a set of entries; tracking by one finds it exactly."""
-    with _proc_file(data):
+    with (
+        mock.patch.object(procs, "_read_patiently", lambda _path: data),
+        mock.patch.object(procs.os, "listdir", lambda _path: []),
+    ):
         assert b"\0".join(procs.environment(42)).count(b"\0") <= data.count(b"\0")
         assert procs.environment(42) == set(data.split(b"\0"))
 
