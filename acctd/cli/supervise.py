@@ -23,7 +23,8 @@ from acctd.shortages import Shortages
 
 _FORWARDED = {
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2,
-    signal.SIGALRM, signal.SIGCONT,
+    signal.SIGALRM, signal.SIGCONT, signal.SIGXCPU, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGPWR,
+    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
 }  # fmt: skip
 _TAKEN = _FORWARDED | {signal.SIGCHLD, signal.SIGTSTP, signal.SIGTTOU}
 _SI_KERNEL = 0x80

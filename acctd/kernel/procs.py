@@ -121,10 +121,10 @@ def _cgroups(path: str) -> list[str]:
 
 
 def shares_pids(pid: int) -> bool:
-    """Whether a process is in our PID namespace, so that its numbers are ours; False for one that is gone."""
+    """Whether a process is in our PID namespace, so that its numbers are ours; False where nobody can say."""
     try:
         return os.path.samestat(os.stat(f"/proc/{pid}/ns/pid"), os.stat("/proc/self/ns/pid"))
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False
 
 

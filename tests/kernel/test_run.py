@@ -30,7 +30,9 @@ def test_death_by_signal_is_128_and_the_signal(node: Node) -> None:
     assert json.loads(node.acctd("show", "dies", "--json").stdout)["exit_signal"] == signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU, signal.SIGRTMIN]
+)
 def test_signals_reach_the_command(node: Node, number: signal.Signals) -> None:
     script = f"trap 'echo caught; exit 5' {number.name[3:]}; echo ready; while :; do sleep 0.05; done"
     # Whoever runs the tests in the background ignores SIGINT, and a shell cannot trap what it was born to ignore.
