@@ -31,6 +31,7 @@ _TOGETHER = 1.0  # s; a killer that strikes again within is the same shortage
 _FRESH = 60.0  # s; what the kernel killed since is put down to the last shortage, unless readings are rarer
 _REARMED_BELOW = 5  # percent below a threshold at which it may be told again
 _BUDGET = 0.004  # s to look at processes while the job stands still
+_LONG = 0.05  # s, where it stands still anyway until somebody has decided
 _REASON = 500  # characters of what the site's program says to the owner
 _LIMIT_HITS = (MEMORY_FAILCNT, MEMORY_SWAP_FAILCNT)
 _KILLED_BY_KERNEL = "killed by the kernel"
@@ -82,6 +83,7 @@ class Shortages:
         self._watched[job.row.seq] = watched
         if self._was_released(job):
             watched.last = time.monotonic()
+        watched.take_over()
         self._arm(watched)
         if watched.limit is None:
             return
@@ -104,8 +106,7 @@ class Shortages:
         """Somebody suspends it: what we have stopped stays so, whatever comes of that."""
         watched = self._watched.get(job.row.seq)
         if watched is not None and watched.frozen:
-            watched.frozen = False
-            self.guard.thawed(job.spec.id)
+            watched.leave(self.guard)
 
     def hear(self) -> None:
         """Deal with what the kernel, the guardian and programs have said. Never waits and never raises for one job."""
@@ -384,7 +385,7 @@ class Shortages:
         job, program = watched.job, self._agent.config.oom.program
         watched.last = time.monotonic()
         self._freeze(watched)
-        shortage = self._examine(job, "held")
+        shortage = self._examine(job, "held", budget=_LONG)
         try:
             if program is None:
                 raise AcctdError("oom.program is not in the configuration any more")
@@ -489,6 +490,7 @@ class Shortages:
         *,
         host: bool = False,
         kills: int = 0,
+        budget: float = _BUDGET,
         said: Mapping[str, float] | None = None,
     ) -> Shortage:
         """Evidence as in inquest.py; and the account as of this moment, whose peaks a later reading would not show."""
@@ -497,7 +499,7 @@ class Shortages:
             self._agent.take(job, MemoryReader)
         finally:
             self._examined.discard(job.row.seq)
-        return inquest.examine(job, action=action, host=host, kills=kills, budget=_BUDGET, said=said)
+        return inquest.examine(job, action=action, host=host, kills=kills, budget=budget, said=said)
 
     # Telling
 

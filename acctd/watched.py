@@ -9,6 +9,7 @@ from acctd.cgroup.memory import JobMemory, Troubles
 from acctd.errors import KernelRefusedError
 from acctd.guard import Guard
 from acctd.job import Job
+from acctd.kernel.cgroupfs import CgroupDir
 from acctd.kernel.memevents import Ear
 from acctd.oomprogram import Asking
 from acctd.policies import Shortage
@@ -55,16 +56,34 @@ class Watched:
         file, value = thawing
         if file.read_text().strip() == value:
             guard.frozen(self.job.spec.id, file, value, deadline=self.job.spec.oom.deadline)
+            self._freezer().note_frozen(True)
             self.job.cgroups.freeze()
             self.frozen = True
 
     def thaw(self, guard: Guard) -> None:
         """Let it go on, if we have stopped it."""
         if self.frozen:
-            self.frozen = False
             try:
                 self.job.cgroups.thaw()
             except KernelRefusedError:
                 if self.memory.directory.exists():
                     raise
-            guard.thawed(self.job.spec.id)
+            self.leave(guard)
+
+    def take_over(self) -> None:
+        """Let it go on, if an acctd that has died had stopped it: what is to be done is decided anew."""
+        if self.job.cgroups.thawing() is not None and self._freezer().noted_frozen():
+            self.job.cgroups.thaw()
+            self._freezer().note_frozen(False)
+
+    def leave(self, guard: Guard) -> None:
+        """It is not we any more who have stopped it, if it stands still."""
+        self.frozen = False
+        if self.job.cgroups.thawing() is not None:
+            self._freezer().note_frozen(False)
+        guard.thawed(self.job.spec.id)
+
+    def _freezer(self) -> CgroupDir:
+        freezer = self.job.cgroups.directory("freezer")
+        assert freezer is not None  # noqa: S101  # thawing() has said so
+        return freezer

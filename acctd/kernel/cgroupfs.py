@@ -20,6 +20,9 @@ MARK = "trusted.acctd"
 DESCRIPTION = "trusted.acctd.job"
 """Extended attribute on a job's directories: what its maker wrote down, for a day when nothing else is left."""
 
+FROZEN = "trusted.acctd.frozen"
+"""Extended attribute on a job's directory in the freezer: we have stopped it, and not somebody who suspends it."""
+
 _GONE = (errno.ENOENT, errno.ENODEV)
 
 
@@ -203,6 +206,26 @@ class CgroupDir:
             if e.errno in (errno.ENODATA, errno.ENOTSUP, errno.ENOENT):
                 return None
             raise _refusal("read the description of", str(self.path), e) from e
+
+    def note_frozen(self, frozen: bool) -> None:
+        """Write down that acctd has frozen it, for the next acctd. A kernel without such attributes does without."""
+        try:
+            if frozen:
+                os.setxattr(self.path, FROZEN, b"1")
+            else:
+                os.removexattr(self.path, FROZEN)
+        except OSError as e:
+            if e.errno not in (errno.ENOTSUP, errno.ENODATA, errno.ENOENT):
+                raise _refusal("mark", str(self.path), e) from e
+
+    def noted_frozen(self) -> bool:
+        """Whether acctd has frozen it, and has not let it go."""
+        try:
+            return bool(os.getxattr(self.path, FROZEN))
+        except OSError as e:
+            if e.errno in (errno.ENODATA, errno.ENOTSUP, errno.ENOENT):
+                return False
+            raise _refusal("read the mark of", str(self.path), e) from e
 
     def remove(self) -> bool:
         """Remove the directory: True once it is gone, False while processes or children keep it busy."""

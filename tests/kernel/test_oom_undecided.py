@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.kernel.served import Served
@@ -110,3 +111,26 @@ def test_its_processes_go_on_in_the_pilot(asked: Asked) -> None:
     asked.says("full")
     assert [each["action"] for each in record["shortages"]] == ["undecided"]
     assert asked.served.ok("Usage", job="pilot")["job"]["pids"] == [asked.hog.pid]
+
+
+def test_agent_and_guardian_are_killed_and_the_next_agent_lets_it_go(asked: Asked) -> None:
+    """A frozen process asks for no memory: nobody but the next agent would ever think of it."""
+    agent = psutil.Process(asked.served.process.pid)
+    family = [agent, *agent.children(recursive=True)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, PATIENCE)
+    asked.served.process.wait(PATIENCE)
+    asked.program.write_text('#!/bin/sh\necho \'{"action": "grow", "memory": 104857600}\'\n')
+    asked.served.start()
+    asked.says("full")
+
+
+def test_who_is_suspended_meanwhile_stays_so(asked: Asked) -> None:
+    asked.served.ok("Suspend", job="f")
+    asked.served.ok("SetLimits", job="f", limits={"memory": 100 * MIB})
+    state = Path(f"/sys/fs/cgroup/freezer/{asked.served.node.base}/job_pilot/job_f/freezer.state")
+    if state.exists():
+        assert state.read_text() != "THAWED\n"
+    asked.served.ok("Continue", job="f")
+    asked.says("full")
