@@ -6,7 +6,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,10 +13,12 @@ import pytest
 
 from acctd.cgroup.driver import JobCgroups, arm_block_counters, sweep_sentinels
 from acctd.cgroup.layout import Layout, discover
-from acctd.errors import InUseError, KernelRefusedError
 from acctd.kernel import procs
 from acctd.kernel.cgroupfs import CgroupDir
 from acctd.model import Limits
+from tests.bodies import cgroups
+from tests.bodies.cgroups import Place
+from tests.kernel.conftest import REPO
 
 _serial = itertools.count()
 
@@ -53,6 +54,14 @@ def _empty(top: CgroupDir) -> None:
         if all([cgroup.remove() for cgroup in top.subtree()]):
             return
         select.select([], [], [], 0.001)
+
+
+@pytest.fixture
+def place(base: str) -> Iterator[Place]:
+    """For what tests/vm runs on other layouts too."""
+    made = Place(base)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -101,47 +110,49 @@ def finish(job: JobCgroups) -> None:
     assert job.remove()
 
 
-def test_all_directories_are_made_and_marked_and_go_with_the_base(job: JobCgroups, layout: Layout, base: str) -> None:
-    job.create(Limits())
-    assert len(job.all()) == len(layout.hierarchies) >= 2
-    for _, directory in job.all():
-        assert directory.exists()
-        assert directory.marked()
-        assert directory.parent.marked()
-    assert job.remove()
-    assert not any(top.exists() for top in tops(layout, base))
-    assert job.remove()  # nothing there is fine
+def test_directories_are_marked_and_hold_what_is_started(place: Place) -> None:
+    cgroups.directories_are_marked_and_hold_what_is_started(place)
 
 
-def test_a_deep_base_is_made_and_taken_away_whole(layout: Layout, base: str) -> None:
-    job = JobCgroups(layout, f"{base}/deep/er", "job_1")
-    job.create(Limits())
-    finish(job)
-    assert not any(top.exists() for top in tops(layout, base))
+def test_the_base_goes_with_the_last_job(place: Place) -> None:
+    cgroups.the_base_goes_with_the_last_job(place)
 
 
-def test_the_base_stays_while_another_job_is_inside(job: JobCgroups, layout: Layout, base: str) -> None:
-    other = JobCgroups(layout, base, "job_2")
-    job.create(Limits())
-    other.create(Limits())
-    finish(job)
-    assert all(directory.exists() for _, directory in other.all())
-    finish(other)
+def test_a_base_that_an_admin_made_stays(place: Place) -> None:
+    cgroups.a_base_that_an_admin_made_stays(place)
 
 
-def test_a_base_that_an_admin_made_stays_and_takes_jobs(
-    job: JobCgroups, layout: Layout, base: str, start: Starter
-) -> None:
-    for top in tops(layout, base):
-        os.mkdir(top.path)  # on v1 its cpuset has no CPUs: acctd gives it its parent's
-    try:
-        job.create(Limits())
-        start(job, WAIT)
-        finish(job)
-        assert all(top.exists() for top in tops(layout, base))
-    finally:
-        for top in tops(layout, base):
-            top.remove()
+def test_limits_reach_the_kernel(place: Place) -> None:
+    cgroups.limits_reach_the_kernel(place, str(max(os.sched_getaffinity(0))))
+
+
+@pytest.mark.parametrize("cpuset", ["99", "4095", "3-1", "99999999999"])
+def test_a_limit_that_the_kernel_refuses_leaves_nothing(place: Place, cpuset: str) -> None:
+    cgroups.a_limit_that_the_kernel_refuses_leaves_nothing(place, cpuset)
+
+
+def test_cpus_outside_the_bases_are_refused(place: Place) -> None:
+    cgroups.cpus_outside_the_bases_are_refused(place)
+
+
+def test_an_existing_cgroup_is_in_use_and_is_left_alone(place: Place) -> None:
+    cgroups.an_existing_cgroup_is_in_use_and_is_left_alone(place)
+
+
+def test_a_name_taken_in_one_hierarchy_only_is_in_use(place: Place) -> None:
+    cgroups.a_name_taken_in_one_hierarchy_only_is_in_use(place)
+
+
+def test_of_many_that_make_one_job_at_once_one_gets_it(place: Place) -> None:
+    cgroups.of_many_that_make_one_job_at_once_one_gets_it(place, rounds=20)
+
+
+def test_processes_make_and_remove_below_one_base_at_once(place: Place) -> None:
+    cgroups.processes_make_and_remove_below_one_base_at_once(place, turns=40)
+
+
+def test_cgroups_that_the_job_made_itself_go_with_what_is_inside(place: Place) -> None:
+    cgroups.cgroups_that_the_job_made_itself_go_with_what_is_inside(place)
 
 
 def test_cpusets_inherit_and_a_limit_narrows_them(job: JobCgroups, layout: Layout) -> None:
@@ -157,132 +168,6 @@ def test_cpusets_inherit_and_a_limit_narrows_them(job: JobCgroups, layout: Layou
             assert directory.read("cpuset.mems") == top.top.read("cpuset.mems")
     finally:
         finish(job)
-
-
-def test_limits_read_back(job: JobCgroups, layout: Layout) -> None:
-    memory = layout.of("memory")
-    if memory is None or memory.version != 1:
-        pytest.fail("this host's memory controller is not v1: write the v2 half of this test")
-    job.create(Limits(memory=64 << 20, memory_soft=(32 << 20) + 5, cpus=0.5, cpu_shares=512, pids=20))
-    try:
-        for controller, file, value in (
-            ("memory", "memory.limit_in_bytes", 64 << 20),
-            ("memory", "memory.soft_limit_in_bytes", 32 << 20),
-            ("cpu", "cpu.cfs_quota_us", 50000),
-            ("cpu", "cpu.shares", 512),
-            ("pids", "pids.max", 20),
-        ):
-            directory = job.directory(controller)
-            assert directory is not None
-            assert int(directory.read(file) or b"-1") == value
-    finally:
-        finish(job)
-
-
-@pytest.mark.parametrize("cpuset", ["99", "4095", "3-1", "99999999999"])
-def test_a_limit_the_kernel_refuses_leaves_nothing(job: JobCgroups, layout: Layout, base: str, cpuset: str) -> None:
-    with pytest.raises(KernelRefusedError, match=rf"\Acpuset: cannot write '{cpuset}' to /.*cpuset\.cpus: "):
-        job.create(Limits(memory=64 << 20, cpuset=cpuset))
-    assert not any(top.exists() for top in tops(layout, base))
-
-
-def test_cpus_outside_the_bases_are_refused_by_the_name_of_the_limit(
-    job: JobCgroups, layout: Layout, base: str
-) -> None:
-    """v1 says EACCES, which would be no matter of rights."""
-    neighbour = JobCgroups(layout, base, "job_0")
-    neighbour.create(Limits())
-    try:
-        directory = neighbour.directory("cpuset")
-        assert directory is not None
-        directory.write("cpuset.cpus", "0")
-        directory.parent.write("cpuset.cpus", "0")
-        with pytest.raises(KernelRefusedError, match=r"cpuset: .*outside the parent's"):
-            job.create(Limits(cpuset="1"))
-        assert not any(directory.exists() for _, directory in job.all())
-    finally:
-        finish(neighbour)
-
-
-def test_an_existing_cgroup_is_in_use_and_is_left_alone(
-    job: JobCgroups, layout: Layout, base: str, start: Starter
-) -> None:
-    job.create(Limits())
-    child = start(job, WAIT)
-    with pytest.raises(InUseError, match=rf"{base}/job_1 exists already"):
-        JobCgroups(layout, base, "job_1").create(Limits())
-    assert child.poll() is None
-    assert child.pid in job.procs()
-    finish(job)
-
-
-@pytest.mark.parametrize("which", [0, -1])
-def test_a_name_taken_in_one_hierarchy_only_is_in_use(job: JobCgroups, which: int) -> None:
-    _, taken = job.all()[which]
-    taken.parent.make()
-    os.mkdir(taken.path)
-    with pytest.raises(InUseError):
-        job.create(Limits())
-    assert [directory.path for _, directory in job.all() if directory.exists()] == [taken.path]
-    assert job.remove()
-
-
-def test_of_many_that_make_one_job_at_once_one_gets_it(job: JobCgroups, layout: Layout, base: str) -> None:
-    for _ in range(20):
-        outcomes: list[object] = []
-        barrier = threading.Barrier(4)
-
-        def make(outcomes: list[object] = outcomes, barrier: threading.Barrier = barrier) -> None:
-            barrier.wait()
-            try:
-                JobCgroups(layout, base, "job_1").create(Limits())
-                outcomes.append("made")
-            except Exception as e:
-                outcomes.append(type(e))
-
-        threads = [threading.Thread(target=make) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        # Two may have collided in different hierarchies and both have given way; never do two have it.
-        assert outcomes.count("made") <= 1
-        assert set(outcomes) <= {"made", InUseError}
-        if "made" in outcomes:
-            assert all(directory.exists() for _, directory in job.all())
-        assert job.remove()
-
-
-RACE = """
-import sys
-from acctd.cgroup.driver import JobCgroups, arm_block_counters
-from acctd.cgroup.layout import discover
-from acctd.model import Limits
-layout = discover()
-for turn in range(40):
-    job = JobCgroups(layout, sys.argv[1], f"job_{sys.argv[2]}_{turn}")
-    job.create(Limits(cpuset="0"))
-    for _, directory in job.all():
-        assert directory.exists(), directory
-    arm_block_counters(layout, sys.argv[1], [])
-    assert job.remove()
-"""
-
-
-def test_processes_may_make_and_remove_below_one_base_all_at_once(layout: Layout, base: str) -> None:
-    """Each one's last job takes the base away from under the others."""
-    racers = [
-        subprocess.Popen([sys.executable, "-c", RACE, base, str(n)], stderr=subprocess.PIPE, text=True, cwd=_repo())
-        for n in range(3)
-    ]
-    for racer in racers:
-        _, errors = racer.communicate(timeout=120)
-        assert (racer.returncode, errors) == (0, "")
-    assert not any(top.exists() for top in tops(layout, base))
-
-
-def _repo() -> Path:
-    return Path(__file__).parents[2]
 
 
 def test_a_fork_bomb_ends(job: JobCgroups, start: Starter) -> None:
@@ -314,25 +199,6 @@ def test_processes_that_ignore_stop_or_leave_their_session_end(job: JobCgroups, 
     assert job.remove()
 
 
-def test_cgroups_that_the_job_made_itself_go_with_what_is_inside(job: JobCgroups, start: Starter) -> None:
-    job.create(Limits())
-    inner = []
-    for hierarchy, directory in job.all():
-        for name in (b"plain", b"odd \xff name"):
-            nested = os.path.join(os.fsencode(directory.path), name, b"deeper")
-            os.makedirs(nested)
-            if hierarchy.version == 1 and "cpuset" in hierarchy.controllers:
-                continue  # without CPUs nobody can join
-            inner.append((nested, name))
-    child = start(job, WAIT)
-    for nested, name in inner:
-        if name == b"plain":
-            Path(os.fsdecode(nested), "cgroup.procs").write_text(str(child.pid))
-    assert child.pid in job.procs()
-    finish(job)
-    assert child.wait(10) == -9
-
-
 def test_one_that_the_job_has_frozen_by_itself_dies_too(job: JobCgroups, start: Starter, layout: Layout) -> None:
     freezer = layout.of("freezer")
     assert freezer is not None
@@ -361,14 +227,6 @@ def test_leaving_one_hierarchy_hides_nobody(job: JobCgroups, start: Starter, lay
         assert child.pid in job.procs()
         finish(job)
         assert child.wait(10) == -9
-
-
-def test_killing_what_is_not_there_is_fine(job: JobCgroups) -> None:
-    assert job.kill() == set()
-    assert job.procs() == set()
-    job.create(Limits())
-    assert job.kill() == set()
-    assert job.remove()
 
 
 def test_a_job_without_its_freezer_directory_is_ended_all_the_same(
@@ -421,7 +279,7 @@ def test_a_process_of_another_pid_namespace_does_not_make_acctd_kill_its_own_gro
         "assert job.kill(timeout=0.05) == set()\nassert not job.remove(timeout=0.05)\nprint('alive')"
     )
     argv = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code, base]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=_repo(), start_new_session=True)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=REPO, start_new_session=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")
     assert child.poll() is None
     # Some directories may be gone: those in which this process, unseen, was not.

@@ -2,19 +2,18 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from acctd.cgroup.driver import JobCgroups
 from acctd.cgroup.layout import discover
-from acctd.errors import KernelRefusedError, UnavailableError
+from acctd.errors import UnavailableError
 from acctd.model import Limits
-from tests.vm.inside.conftest import BASE, Machine
+from tests.bodies.cgroups import Place, processes_make_and_remove_below_one_base_at_once
+from tests.bodies.machine import Machine
+from tests.vm.inside.conftest import BASE
 
 TOP = Path("/sys/fs/cgroup")
 
@@ -65,47 +64,5 @@ def test_a_base_below_processes_is_refused_in_one_sentence(occupied: str) -> Non
     assert not (TOP / occupied / "acctd").exists()
 
 
-def test_a_process_whose_leader_exited_first_is_killed(machine: Machine, fifo: Callable[[str], Path]) -> None:
-    """cgroup.kill of 6.1 passes over it."""
-    ready = fifo("ready")
-    script = (
-        "import ctypes, sys, threading, time\n"
-        "threading.Thread(target=time.sleep, args=(1000,)).start()\n"
-        "open(sys.argv[1], 'w').write('up')\n"
-        "ctypes.CDLL(None).syscall(60, 0)\n"
-    )
-    job = machine.create("leaderless")
-    process = machine.start(job, sys.executable, "-I", "-S", "-c", script, str(ready))
-    assert ready.read_text() == "up"
-    leader = Path(f"/proc/{process.pid}/task/{process.pid}/stat")
-    deadline = time.monotonic() + 60
-    while leader.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline
-    assert job.cgroups.kill() == set()
-    machine.finish(job, process.wait())
-
-
-def test_cpus_outside_the_bases_are_refused(machine: Machine) -> None:
-    """The kernel itself takes them, and runs the job elsewhere."""
-    keeper = machine.create("keeper")
-    machine.cgroup(keeper, "cpuset").parent.write("cpuset.cpus", "0")
-    with pytest.raises(KernelRefusedError, match=r"cpuset: of CPUs '1' only '0' would be used"):
-        machine.create("elsewhere", Limits(cpuset="1"))
-    machine.finish(keeper, 0)
-
-
-def test_jobs_come_and_go_below_one_base_at_once(machine: Machine) -> None:
-    """None finds a base that another has just made anew and not yet given its controllers."""
-    code = (
-        "import sys\n"
-        "from acctd.cgroup.driver import JobCgroups\n"
-        "from acctd.cgroup.layout import discover\n"
-        "from acctd.model import Limits\n"
-        "for turn in range(60):\n"
-        "    job = JobCgroups(discover(), 'acctdvm/race', f'job_{sys.argv[1]}')\n"
-        "    job.create(Limits(pids=10))\n"
-        "    assert job.remove()\n"
-    )
-    argv = [sys.executable, "-c", code]
-    racers = [subprocess.Popen([*argv, str(n)], stderr=subprocess.PIPE, text=True) for n in range(3)]
-    assert [racer.communicate(timeout=120)[1] for racer in racers] == [""] * 3
+def test_jobs_come_and_go_below_one_base_at_once() -> None:
+    processes_make_and_remove_below_one_base_at_once(Place("acctdvm/race"), turns=60)
