@@ -191,10 +191,10 @@ def test_two_own_mounts_and_a_shared_one(machine: Machine, exported: Callable[[s
 
 
 def test_what_was_there_before_the_job_is_counted_from_its_beginning(
-    machine: Machine, exported: Callable[[str], Path], fifo: Callable[[str], Path]
+    machine: Machine, exported: Callable[[str], Path]
 ) -> None:
     exported("before")
-    orders = fifo("orders")
+    orders = machine.fifo("orders")
     script = f"{mount('before', 'nosharecache')}; {write(4 * MIB, 'prolog')}; . {orders}"
     process = subprocess.Popen(["unshare", "--mount", "--propagation", "private", "sh", "-c", script])
     mine = Path(f"/proc/{process.pid}/mountstats")
