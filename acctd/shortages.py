@@ -91,7 +91,8 @@ class Shortages:
         if watched.out is not None:
             self._ears.add(watched.out.fileno(), watched.out.events, lambda: self._ran_out(watched))
         self._hear_thresholds(watched)
-        if memory.troubles().waiting:
+        # A task that was just woken by a higher limit still shows as waiting, until it runs.
+        if memory.troubles().waiting and memory.usage() > watched.limit - watched.limit // 16:
             self._act(watched)
 
     def forget(self, job: Job) -> None:
