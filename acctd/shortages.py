@@ -21,7 +21,14 @@ from acctd.guard import Deed, Guard, released
 from acctd.job import Job
 from acctd.kernel import memevents, procs
 from acctd.kernel.memevents import Ear
-from acctd.metrics import MEMORY_FAILCNT, MEMORY_KERNEL, MEMORY_OOM_KILLS, MEMORY_RESIDENT, MEMORY_SWAP_FAILCNT
+from acctd.metrics import (
+    MEMORY_FAILCNT,
+    MEMORY_KERNEL,
+    MEMORY_OOM_KILLS,
+    MEMORY_PEAK,
+    MEMORY_RESIDENT,
+    MEMORY_SWAP_FAILCNT,
+)
 from acctd.policies import Shortage
 from acctd.watched import Watched
 from collectors.memory import MemoryReader
@@ -34,6 +41,7 @@ _BUDGET = 0.004  # s to look at processes while the job stands still
 _LONG = 0.05  # s, where it stands still anyway until somebody has decided
 _REASON = 500  # characters of what the site's program says to the owner
 _LIMIT_HITS = (MEMORY_FAILCNT, MEMORY_SWAP_FAILCNT)
+_NEAR = 1 << 18  # bytes; what the kernel charges ahead
 _KILLED_BY_KERNEL = "killed by the kernel"
 
 Tell = Callable[[Job, str, str], None]
@@ -260,7 +268,9 @@ class Shortages:
             if was_released:
                 job.shortages[-1] = inquest.with_kills(job, job.shortages[-1], new)
                 return
-            own = job.spec.limits.hard is not None and any(job.meter.last(_LIMIT_HITS).values())
+            limit, peak = job.spec.limits.hard, job.meter.last((MEMORY_PEAK,)).get((MEMORY_PEAK, ""), 0)
+            # v1 counts no hit of a limit of memory and swap together where the kernel kills at once (seen on 6.18).
+            own = limit is not None and (any(job.meter.last(_LIMIT_HITS).values()) or peak >= limit - _NEAR)
             self._keep(job, self._examine(job, _KILLED_BY_KERNEL, host=not own, kills=new))
 
     def _count_kills(self, watched: Watched) -> None:
