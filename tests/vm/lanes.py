@@ -9,6 +9,7 @@ from pathlib import Path
 INSIDE = Path(__file__).with_name("inside")
 
 LANES: dict[str, tuple[str, ...]] = {
+    "systemd": ("inside_hardened.py", "inside_systemd.py", "inside_rebooted.py"),
     "v2": (
         "inside_v2.py",
         "inside_any.py",
@@ -23,12 +24,11 @@ LANES: dict[str, tuple[str, ...]] = {
     "single": ("inside_any.py",),
     "divided": ("inside_any.py", "inside_nfs.py"),
     "numa": ("inside_cpus.py",),
-    "systemd": ("inside_hardened.py", "inside_systemd.py", "inside_rebooted.py"),
 }
+"""The longest first: as many guests as there are CPUs run at a time."""
 
 BACKENDS = {"v2": "nftables", "joined": "iptables"}
 """Which back end inside_nat.py takes where: one emulated run of either is enough."""
-
 
 AFTER_A_REBOOT = {"inside_rebooted.py"}
 """What runs in a guest that is booted anew, with the same results directory; elsewhere one boot runs them all."""
