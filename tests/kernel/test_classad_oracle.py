@@ -62,6 +62,7 @@ from acctd.job import Ending
 from acctd.model import JobSpec, Limits, Owner
 from acctd.policies import Shortage
 from acctd.wording import sentence
+from acctd.wording import clean
 script = r'''
 import ctypes, os, time
 ctypes.CDLL(None).prctl(15, b'(a\n"b\\', 0, 0, 0)
@@ -147,7 +148,7 @@ def out_of_memory(record: dict[str, Any]) -> dict[str, Any]:
     ad = {
         "AcctdOomCount": len(record["shortages"]) + record["shortages_dropped"],
         "AcctdOomTime": int(last["time"]),
-        "AcctdOomLargest": ", ".join(f"{p['pid']} {p['name']} {p['resident']}" for p in last["processes"]),
+        "AcctdOomLargest": ", ".join(f"{p['pid']} {clean(p['name'])} {p['resident']}" for p in last["processes"]),
     }
     for name in ("level", "whose", "action", "limit", "usage", "kills", "text"):
         ad[f"AcctdOom{name.capitalize()}"] = last[name]
