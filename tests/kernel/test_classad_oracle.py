@@ -11,6 +11,7 @@ import classad2
 import pytest
 
 from acctd.metrics import BY_NAME
+from acctd.wording import clean
 from tests.kernel.conftest import Node
 
 LONGEST = 4096  # characters of a tag's value, the most that model.check_tag lets through
@@ -62,7 +63,6 @@ from acctd.job import Ending
 from acctd.model import JobSpec, Limits, Owner
 from acctd.policies import Shortage
 from acctd.wording import sentence
-from acctd.wording import clean
 script = r'''
 import ctypes, os, time
 ctypes.CDLL(None).prctl(15, b'(a\n"b\\', 0, 0, 0)
