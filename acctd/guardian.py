@@ -354,7 +354,7 @@ class Guardian:
         try:
             os.write(OUT, b"\0".join((what, name, b"%.3f" % (now / 1e9), text.replace(b"\n", b" "), trace)) + b"\n")
         except OSError:
-            pass
+            return  # nobody is there, or listens: whoever comes next reads the trace
 
 
 def quoted(text: bytes) -> bytes:

@@ -89,8 +89,8 @@ class Shortages:
         memory = JobMemory(directory, inside)
         watched = Watched(job, memory, memory.troubles())
         self._watched[job.row.seq] = watched
-        if self._was_released(job):
-            watched.last = time.monotonic()
+        if self._was_released(job) or (job.shortages and time.time() - job.shortages[-1].time < _FRESH):
+            watched.last = time.monotonic()  # what the kernel kills now, it may kill for that
         watched.take_over()
         self._arm(watched)
         if watched.limit is None:
@@ -136,6 +136,7 @@ class Shortages:
     def close(self) -> None:
         """Hear no more. Jobs that wait are the guardian's from now on, until somebody listens again."""
         for watched in list(self._watched.values()):
+            self._answered(watched)  # the next keeper finds it at its limit, and asks anew
             self._let_be(watched.job)
         self.guard.close()
         self._ears.close()
@@ -166,8 +167,6 @@ class Shortages:
     def _ran_out(self, watched: Watched) -> None:
         try:
             if watched.out is not None and watched.out.clear() and watched.memory.directory.exists():
-                if watched.job.row.seq in self.pushed:
-                    return
                 self._hear_v1(watched) if watched.memory.v1 else self._hear_v2(watched)
         except (AcctdError, OSError) as e:
             self._trouble(watched.job, e)
@@ -309,6 +308,8 @@ class Shortages:
     def _act(self, watched: Watched) -> None:
         """The limit of this very job was reached, and nothing can be reclaimed."""
         action = watched.job.spec.oom.action
+        if watched.job.row.seq in self.pushed:
+            return  # that limit is not its own, and nobody is killed for it
         if action == "kernel" or watched.loose:
             self._killed_by_kernel(watched)
         elif watched.memory.v1 and not watched.memory.troubles().waiting:
@@ -335,8 +336,7 @@ class Shortages:
         self._freeze(watched)
         shortage = self._examine(job, action)
         job.cgroups.kill(timeout=0.0)
-        watched.frozen = False  # to kill is to thaw
-        self.guard.thawed(job.spec.id)
+        watched.thaw(self.guard)  # on v2 what enters it later would be frozen, too
         self._hear_its_end(watched)
         self._keep(job, shortage)
         self._see_end(job)
