@@ -72,9 +72,7 @@ class Daemon:
         self.shortages.start()
         self._take_over()
         for deed in released(self.agent.config.runtime_dir):
-            self.news.tell(
-                None, "released", f"job {deed.name}, which has ended, had waited for memory and for an agent"
-            )
+            self.news.tell(None, "released", f"job {deed.name}, which has ended, had waited for an agent")
             deed.remove()
         self._warden.guard(self.jobs.values())
         self._warden.mend(self.jobs.values())

@@ -4,12 +4,14 @@ Looks at a job's cgroup and its processes. Hears of nothing and does nothing abo
 """
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from acctd.cgroup import evidence
 from acctd.cgroup.memory import JobMemory
+from acctd.guard import Deed
 from acctd.job import Job
 from acctd.kernel import procs
 from acctd.policies import OomLevel, Shortage
@@ -52,9 +54,13 @@ def examine(
     return replace(shortage, text=_sentence(job, shortage, said))
 
 
-def unseen(job: Job, *, action: str, at: float, waited: float | None) -> Shortage:
-    """A shortage that was over before anybody could look: what is in use by now, and by whom, says nothing of it."""
-    shortage = Shortage(at, "job", job.spec.id, action, job.spec.limits.hard, None, waited=waited)
+def released(job: Job, deed: Deed) -> Shortage:
+    """What a guardian let go. By now the kernel has killed; who was large before that is not known any more."""
+    waited = re.search(r"for ([0-9.]+) s", deed.text)
+    shortage = Shortage(
+        *(deed.time, "job", job.spec.id, "released", job.spec.limits.hard, None),
+        waited=float(waited[1]) if waited else None,
+    )
     return replace(shortage, text=_sentence(job, shortage, {}))
 
 

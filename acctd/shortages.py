@@ -5,7 +5,6 @@ hear(). What is put on record is inquest.py's; how a job is ended for good is it
 (guard.py) sees that no job waits for ever for a keeper that is dead. Knows no socket and no event loop.
 """
 
-import re
 import select
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from acctd.agent import Agent
 from acctd.cgroup.memory import JobMemory
 from acctd.ears import Ears
 from acctd.errors import AcctdError
-from acctd.guard import Deed, Guard, released
+from acctd.guard import Guard, released
 from acctd.job import Job
 from acctd.kernel import memevents, procs
 from acctd.kernel.memevents import Ear
@@ -227,7 +226,7 @@ class Shortages:
                 self._ran_out(watched)
             self._count_kills(watched)
         if watched.memory.v1 and job.spec.oom.action != "kernel":
-            self._let_inner_go(watched)
+            watched.memory.let_inner_go()
             if watched.memory.troubles().waiting:
                 self._act(watched)  # an event that was heard while another shortage was dealt with
         self._see_whether_over(watched)
@@ -245,14 +244,6 @@ class Shortages:
         if watched.loose and over:
             self._arm(watched)
             watched.loose = False
-
-    def _let_inner_go(self, watched: Watched) -> None:
-        """v1: what the job makes inside its cgroup inherits that tasks wait, and nobody would hear of a limit there."""
-        for child in watched.memory.directory.children():
-            if not child.marked():
-                for inner in child.subtree():
-                    if inner.has("memory.oom_control"):
-                        inner.write("memory.oom_control", "0")
 
     def _look_back(self, job: Job) -> None:
         """What befell a job while no agent lived, as far as its counters tell: whether it ever was at its own limit."""
@@ -279,29 +270,21 @@ class Shortages:
         if new <= 0:
             return
         job.kills_told += new
-        if (index := self._recent(watched)) is not None:
+        if (index := watched.recent(self._fresh)) is not None:
             last = job.shortages[index]
             job.shortages[index] = inquest.with_kills(job, last, last.kills + new)
             job.unstored = True
             return
         for place in inquest.above(self._agent.held, job):
             above = self._watched.get(place.row.seq)
-            if above is not None and (index := self._recent(above)) is not None:
+            if above is not None and (index := above.recent(self._fresh)) is not None:
                 self._keep(job, inquest.told_to(job, place.shortages[index], "parent", new))
                 return
         self._keep(job, self._examine(job, _KILLED_BY_KERNEL, host=True, kills=new))
 
-    def _recent(self, watched: Watched) -> int | None:
-        """Which of a job's shortages the kernel may just have killed for: the newest at its own limit, if it is fresh.
-
-        Not one after which the limit was raised: nobody is killed for that.
-        """
-        fresh = max(_FRESH, 2 * self._agent.config.poll_interval)
-        if not watched.last or time.monotonic() - watched.last > fresh:
-            return None
-        shortages = watched.job.shortages
-        index = next((i for i in reversed(range(len(shortages))) if shortages[i].level == "job"), None)
-        return index if index is not None and shortages[index].action != "grown" else None
+    @property
+    def _fresh(self) -> float:
+        return max(_FRESH, 2 * self._agent.config.poll_interval)
 
     # Acting
 
@@ -323,7 +306,7 @@ class Shortages:
 
     def _killed_by_kernel(self, watched: Watched) -> None:
         job, now = watched.job, time.monotonic()
-        again = now - watched.last < _TOGETHER and self._recent(watched) is not None
+        again = now - watched.last < _TOGETHER and watched.recent(self._fresh) is not None
         watched.last = now
         if not again:
             self._keep(job, self._examine(job, _KILLED_BY_KERNEL))
@@ -474,7 +457,7 @@ class Shortages:
             if watched is not None:
                 watched.last = time.monotonic()
                 if deed.what == "released" and not watched.ending:
-                    self._keep(watched.job, _released(watched.job, deed))
+                    self._keep(watched.job, inquest.released(watched.job, deed))
                     self._answered(watched)  # too late
                     watched.thaw(self.guard)
                     watched.loose = True
@@ -489,7 +472,7 @@ class Shortages:
         for deed in released(self._agent.config.runtime_dir):
             if deed.name == job.spec.id and deed.time >= job.row.created:
                 if deed.what == "released":
-                    self._keep(job, _released(job, deed))
+                    self._keep(job, inquest.released(job, deed))
                     found = True
                 deed.remove()
         return found
@@ -525,9 +508,3 @@ class Shortages:
         except AcctdError as e:
             self._trouble(job, e)  # kept in memory, and stored with the next reading
         self._tell(job, "out-of-memory", shortage.text)
-
-
-def _released(job: Job, deed: Deed) -> Shortage:
-    """What a guardian did. By now the kernel has killed; who was large before that is not known any more."""
-    waited = re.search(r"for ([0-9.]+) s", deed.text)
-    return inquest.unseen(job, action="released", at=deed.time, waited=float(waited[1]) if waited else None)

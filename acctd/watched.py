@@ -3,6 +3,7 @@
 What happens when is shortages.py's.
 """
 
+import time
 from dataclasses import dataclass
 
 from acctd.cgroup.memory import JobMemory, Troubles
@@ -46,6 +47,16 @@ class Watched:
 
     def ears(self) -> list[Ear]:
         return [ear for ear in (self.out, self.usage) if ear is not None]
+
+    def recent(self, fresh: float) -> int | None:
+        """Which of the job's shortages the kernel may just have killed for: the newest at its own limit, if it is not
+        older than `fresh` seconds. Not one after which the limit was raised: nobody is killed for that.
+        """
+        if not self.last or time.monotonic() - self.last > fresh:
+            return None
+        shortages = self.job.shortages
+        index = next((i for i in reversed(range(len(shortages))) if shortages[i].level == "job"), None)
+        return index if index is not None and shortages[index].action != "grown" else None
 
     def freeze(self, guard: Guard) -> None:
         """Stop every process of it, for its deadline at most. A host without a freezer does without, and a job that

@@ -25,7 +25,7 @@ _SOME = _NOTHING | {"OutgoingInternal": _EACH_WAY, "IncomingInternal": _EACH_WAY
 
 # Prints a line of JSON: what the process holds after some jobs and after all of them, and the totals of every job.
 _IN_A_ROW = """
-import json, os, signal, sys, threading
+import json, os, signal, sys, threading, time
 from pathlib import Path
 from acctd import config, launch
 from acctd.agent import Agent
@@ -41,6 +41,9 @@ def held():
     for thread in threading.enumerate():
         if thread is not threading.main_thread():
             thread.join(30)  # a link's removal goes on for some 20 ms after the job's end
+    deadline = time.monotonic() + 5
+    while len(os.listdir("/proc/self/task")) > 1 and time.monotonic() < deadline:
+        time.sleep(0.001)  # a thread that was joined is done with Python, and the kernel has still to end it
     fds = {}
     for name in os.listdir("/proc/self/fd"):
         try:
