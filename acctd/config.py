@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
+from acctd import sinks
 from acctd.cgroup.layout import CONTROLLERS
 from acctd.errors import ConfigError, NotFoundError, NotPermittedError, UsageError
 from acctd.kernel.cgroupfs import checked_parts
@@ -32,6 +33,7 @@ from acctd.model import (
     parse_size,
 )
 from acctd.policies import Isolation, OomPolicy
+from acctd.sinks import ExportConfig
 from acctd.tables import (
     AccessTable,
     Backend,
@@ -128,6 +130,7 @@ class Config:
     access: AccessConfig
     oom: OomConfig
     isolation: IsolationConfig
+    export: ExportConfig
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Config:
@@ -190,6 +193,7 @@ def parse(text: str, file: str | None) -> tuple[Config | None, list[str]]:
         access=reader.access(table.access),
         oom=reader.oom(table.oom),
         isolation=reader.isolation(table.isolation),
+        export=reader.export(table),
     )
     return (None if reader.mistakes else config), reader.mistakes
 
@@ -224,9 +228,9 @@ class _Reader:
                     }
                     values[name] = each
                 continue
-            if isinstance(wanted, type) and issubclass(wanted, msgspec.Struct):
+            if (inner := _struct(wanted)) is not None:
                 if self._is_table(key, value):
-                    values[name] = self.table(wanted, value, f"{key}.")
+                    values[name] = self.table(inner, value, f"{key}.")
                 continue
             try:
                 values[name] = _converted(value, wanted)
@@ -342,6 +346,20 @@ class _Reader:
             chroots=chroots,
         )
 
+    def export(self, table: FileTable) -> ExportConfig:
+        """What leaves the node: every sink by itself, then that no two have one name."""
+        made = self._try("", partial(sinks.export, table.export)) or ExportConfig()
+        influxdb = [self._try("", partial(sinks.influx, name, each)) for name, each in table.influxdb.items()]
+        json = [self._try("", partial(sinks.json, name, each)) for name, each in table.json.items()]
+        for name in table.influxdb.keys() & table.json.keys():
+            self.mistakes.append(f"influxdb.{name} and json.{name} have one name; rename one")
+        return replace(
+            made,
+            influxdb=tuple(sink for sink in influxdb if sink is not None),
+            json=tuple(sink for sink in json if sink is not None),
+            prometheus=self._try("", partial(sinks.prometheus, table.prometheus)) if table.prometheus else None,
+        )
+
     def _bind(self, key: str, text: str) -> tuple[str, str, bool]:
         source, _, rest = text.partition(":")
         target, _, mode = rest.partition(":")
@@ -407,6 +425,14 @@ def _converted(value: object, wanted: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise msgspec.ValidationError("TOML's nan and inf are in no range")
     return msgspec.convert(value, wanted)
+
+
+def _struct(wanted: Any) -> type[msgspec.Struct] | None:
+    """The table that a key takes, if it takes one."""
+    kinds = [
+        kind for kind in (wanted, *get_args(wanted)) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+    ]
+    return kinds[0] if kinds else None
 
 
 def _description(wanted: Any) -> str:

@@ -1,4 +1,4 @@
-"""Every number that acctd publishes, declared once: name, unit, kind, help, and its ClassAd attribute.
+"""Every number that acctd publishes, declared once: name, unit, kind, help, and what each exporter calls it.
 
 Collectors emit readings under these metrics and nothing else; exporters and docs/metrics.md derive their names from
 here. Pure data, floor 0. Integers all the way: an exporter scales at the edge, nothing before it rounds.
@@ -9,6 +9,12 @@ from typing import Literal
 
 Kind = Literal["counter", "gauge", "peak"]
 """counter: only grows. gauge: what is now. peak: the highest value seen; the meter keeps the maximum."""
+
+
+_MEASUREMENTS = {"block": "blkio"}
+_WRITTEN = ("bytes", "ns", "us", "ms")
+_PER_SECOND = {"ns": 10**9, "us": 10**6, "ms": 10**3}
+_LABELS = {"acctd_blkio": ("device",), "acctd_nfs": ("mount",), "acctd_network": ("class", "direction")}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,10 +38,47 @@ class Metric:
         """The ClassAd attribute: HTCondor's, else Acctd and the name in CamelCase, in the metric's own unit."""
         return self.classad or "Acctd" + camel(self.name)
 
+    @property
+    def measurement(self) -> str:
+        """InfluxDB's measurement: that of the controller, which the name begins with; stalls have one of their own."""
+        prefix = self.name.partition("_")[0]
+        return "acctd_pressure" if "stall" in self.name else f"acctd_{_MEASUREMENTS.get(prefix, prefix)}"
+
+    @property
+    def field(self) -> str:
+        """InfluxDB's field: the rest of the name, and the unit where that is one of size or time; always an integer."""
+        stem = self.name if "stall" in self.name else self.name.partition("_")[2]
+        unit = self.unit if self.unit in _WRITTEN or not stem else ""
+        return "_".join(part for part in (stem, unit) if part)
+
+    @property
+    def prometheus(self) -> str:
+        """Prometheus' name: base units (s, bytes), `_total` on counters only. https://prometheus.io/docs/practices/naming"""
+        unit = {"bytes": "bytes"}.get(self.unit, "seconds" if self.unit in _PER_SECOND else "")
+        return "_".join(part for part in ("acctd_job", self.name, unit, "total" * (self.kind == "counter")) if part)
+
+    @property
+    def per_base_unit(self) -> int:
+        """How many of the metric's units make one of Prometheus'."""
+        return _PER_SECOND.get(self.unit, 1)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a reading's label is called outside; a rule's name is taken apart, see split_rule()."""
+        return _LABELS.get(self.measurement, ())
+
 
 def camel(name: str) -> str:
     """memory_soft -> MemorySoft, as ClassAd attributes are written."""
     return "".join(part.capitalize() for part in name.split("_"))
+
+
+def split_rule(rule: str) -> tuple[str, str]:
+    """A rule's name as class and direction: OutgoingInternal -> ("Internal", "outgoing")."""
+    for direction in ("Outgoing", "Incoming"):
+        if rule.startswith(direction):
+            return rule.removeprefix(direction), direction.lower()
+    return rule, "-"
 
 
 # A reading's key: the metric, and the device or rule it belongs to ("" where there is only one).

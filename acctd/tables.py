@@ -14,6 +14,7 @@ from acctd.policies import OomAction
 
 Others = Literal["ps", "nothing"]
 Backend = Literal["auto", "iptables", "nftables"]
+Stream = Literal["records", "events", "samples"]
 
 _Text = Annotated[str, Meta(description="text")]
 _Size = Annotated[int | str, Meta(description='a size such as "2G", or a number of bytes')]
@@ -97,6 +98,56 @@ class AccessTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jobs_per_user: Annotated[int, Meta(ge=1, le=100_000, description="a whole number, 1 to 100000")] = 100
 
 
+class InfluxTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[influxdb.NAME] as written: one database that the series go to."""
+
+    url: _Text
+    version: Annotated[Literal[1, 2, 3], Meta(description="1, 2 or 3")] = 2
+    org: _Text | None = None  # 2
+    bucket: _Text | None = None  # 2 and 3; for 3 the database
+    records_bucket: _Text | None = None
+    database: _Text | None = None  # 1
+    retention_policy: _Text | None = None  # 1
+    records_retention_policy: _Text | None = None  # 1
+    user: _Text | None = None  # 1
+    password_file: _Text | None = None  # 1
+    token_file: _Text | None = None
+    ca_file: _Text | None = None
+    job_tag: Annotated[bool, Meta(description="true or false")] = True
+    batch: Annotated[int, Meta(ge=1, le=100_000, description="a number of points, 1 to 100000")] = 5000
+    timeout: Annotated[float, Meta(ge=0.1, le=600, description="0.1 to 600 seconds")] = 10.0
+
+
+class JsonTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[json.NAME] as written: a file or a socket that gets records and events, an object a line."""
+
+    path: _Text | None = None
+    socket: _Text | None = None
+    streams: Annotated[list[Stream], Meta(description='a list of "records", "events" and "samples"')] = msgspec.field(
+        default_factory=lambda: ["records", "events"]
+    )
+    rotate: _Size = "100M"
+    keep: Annotated[int, Meta(ge=0, le=1000, description="a number of old files, 0 to 1000")] = 10
+
+
+class PrometheusTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[prometheus] as written: where /metrics is served."""
+
+    listen: _Text
+    grace: Annotated[float, Meta(ge=0, le=86400, description="0 to 86400 seconds")] = 300.0
+
+
+class ExportTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[export] as written: what holds for all that leaves this node."""
+
+    cluster: Annotated[str, Meta(min_length=1, max_length=128, description="a name")] = "default"
+    scheduler: Annotated[str, Meta(min_length=1, max_length=128, description="a name")] = "none"
+    spool_dir: _Text = "/var/spool/acctd"
+    spool_max: _Size = "4G"
+    positions_dir: _Text = "/var/lib/acctd-export"
+    group: _Text | None = None
+
+
 class FileTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file's top level as written."""
 
@@ -110,3 +161,7 @@ class FileTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     access: AccessTable = msgspec.field(default_factory=AccessTable)
     oom: OomTable = msgspec.field(default_factory=OomTable)
     isolation: IsolationTable = msgspec.field(default_factory=IsolationTable)
+    export: ExportTable = msgspec.field(default_factory=ExportTable)
+    influxdb: dict[str, InfluxTable] = msgspec.field(default_factory=dict)
+    json: dict[str, JsonTable] = msgspec.field(default_factory=dict)
+    prometheus: PrometheusTable | None = None

@@ -1,0 +1,278 @@
+"""The spool: numbered lines on disk between the agent, which alone writes and removes, and exporters, which read.
+
+A stream is a directory of segments, files named by the number of their first line. A line is whole once its newline is
+there; what a dead writer left after the last newline never was. Segments that are full and still wanted are compressed.
+Knows nothing of what is in a line, nor who reads how far; a reader keeps its position by itself.
+"""
+
+import gzip
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from acctd.errors import LedgerError
+
+SEGMENT_BYTES = 8 * 2**20
+_READ = 2**20
+_NAME = re.compile(r"(\d{20})\.jsonl(\.gz)?\Z")
+
+
+class Segment(NamedTuple):
+    """One file of a stream."""
+
+    first: int  # number of its first line
+    path: Path
+    packed: bool
+
+
+class Position(NamedTuple):
+    """How far a reader is: the number of the next line, and where that was seen to be."""
+
+    number: int = 0
+    segment: int = 0
+    offset: int = 0  # bytes into the segment as it was written, before it was compressed
+
+
+class Batch(NamedTuple):
+    """Lines read, the position after them, and how many before them had gone already."""
+
+    lines: list[bytes]
+    position: Position
+    missing: int
+
+
+def segments(directory: Path) -> list[Segment]:
+    """A stream's files, oldest first; none where there is no such directory. Of two forms of one the compressed."""
+    found: dict[int, Segment] = {}
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+    for name in names:
+        if match := _NAME.match(name):
+            found[int(match[1])] = Segment(int(match[1]), directory / name, match[2] is not None)
+    return [found[first] for first in sorted(found)]
+
+
+def content(segment: Segment) -> bytes:
+    """All of it, as it was written. Raises FileNotFoundError where it is gone, OSError where it cannot be read."""
+    data = segment.path.read_bytes()
+    if not segment.packed:
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, zlib.error) as e:
+        raise OSError(f"{segment.path} is no whole gzip file: {e}") from e
+
+
+class Writer:
+    """The writing end of one stream. A new writer begins a new segment: what a dead one left is not touched."""
+
+    def __init__(self, directory: Path, *, at_least: int = 0, mode: int = 0o640) -> None:
+        self._directory, self._mode = directory, mode
+        self._fd: int | None = None
+        self._size = 0
+        self._last: bytes | None = None
+        self.next = at_least
+        self._kept = -1  # the newest segment with a line in it
+        for segment in reversed(segments(directory)):
+            lines = content(segment).split(b"\n")[:-1]
+            self.next = max(self.next, segment.first + len(lines))
+            if lines:
+                self._last, self._kept = lines[-1], segment.first
+                break
+
+    @property
+    def last(self) -> bytes | None:
+        """The newest line, also a dead writer's; None where there is none."""
+        return self._last
+
+    def append(self, lines: Sequence[bytes]) -> None:
+        """Write whole lines, all or none. Raises LedgerError where the disk does not take them."""
+        if not lines:
+            return
+        data = b"\n".join(lines) + b"\n"
+        try:
+            fd = self._fd
+            if fd is None or self._size >= SEGMENT_BYTES:
+                fd = self._begin_segment()
+            self._write(fd, data)
+        except OSError as e:
+            raise LedgerError(
+                f"cannot write to the spool {self._directory} ({e.strerror}); see that there is room"
+            ) from e
+        if not self._size:
+            self._kept = self.next
+        self._size += len(data)
+        self.next += len(lines)
+        self._last = lines[-1]
+
+    def _begin_segment(self) -> int:
+        path = self._directory / f"{self.next:020d}.jsonl"
+        # There may be one of a dead writer's, without a whole line; somebody may have it open.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(path, flags, self._mode)
+        self.close()
+        os.fchmod(fd, self._mode)  # whatever the umask
+        self._fd, self._size = fd, 0
+        return fd
+
+    def _write(self, fd: int, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(fd, view) :]
+        except OSError:
+            os.ftruncate(fd, self._size)  # a full disk takes the beginning
+            raise
+
+    def full(self) -> list[Segment]:
+        """Segments that are written no more, oldest first; not the newest one with a line, whose `last` is wanted."""
+        return [segment for segment in segments(self._directory) if segment.first < self._kept]
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def size(directory: Path) -> int:
+    """Bytes on disk of a stream."""
+    total = 0
+    for segment in segments(directory):
+        with suppress(FileNotFoundError):
+            total += segment.path.stat().st_size
+    return total
+
+
+def remove(segment: Segment) -> None:
+    """Gone already is fine."""
+    segment.path.unlink(missing_ok=True)
+
+
+def pack(segment: Segment) -> None:
+    """Compress a full segment. Whoever is reading it reads on. Raises OSError; the segment is as it was then."""
+    packed = segment.path.with_suffix(".jsonl.gz")
+    partial = segment.path.with_suffix(".partial")
+    try:
+        data = gzip.compress(segment.path.read_bytes(), compresslevel=1)
+        partial.unlink(missing_ok=True)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            found = segment.path.stat()
+            os.fchown(fd, -1, found.st_gid)
+            os.fchmod(fd, found.st_mode & 0o777)
+            os.fsync(fd)  # the only copy from now on
+        partial.rename(packed)
+        segment.path.unlink(missing_ok=True)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+class Reader:
+    """The reading end of one stream. Keeps the file that is read open; one reader is for one thread."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._first = -1  # of the segment that is open
+        self._fd: int | None = None
+        self._data: bytes | None = None  # of a compressed one
+
+    def read(self, position: Position, lines: int) -> Batch:
+        """At most so many whole lines from a position on; none where there is nothing new."""
+        missing = 0
+        while True:
+            if self._first != position.segment or (self._fd is None and self._data is None):
+                position, lost = self._open(position)
+                missing += lost
+                if self._first < 0:
+                    return Batch([], position, missing)
+            found, end = self._lines(position.offset, lines)
+            if found:
+                number = position.number + len(found)
+                return Batch(found, Position(number, position.segment, end), missing)
+            after = next((s for s in segments(self._directory) if s.first > position.segment), None)
+            if after is None:
+                return Batch([], position, missing)
+            # A newer one was there before this look, so this one is written no more: look once again, then go on.
+            found, end = self._lines(position.offset, lines)
+            if found:
+                return Batch(found, Position(position.number + len(found), position.segment, end), missing)
+            missing += max(0, after.first - position.number)
+            position = Position(after.first, after.first, 0)
+
+    def oldest(self) -> Position:
+        """The first line there still is: for whoever is new here."""
+        found = segments(self._directory)
+        return Position(found[0].first, found[0].first, 0) if found else Position()
+
+    def newest(self) -> Position:
+        """The beginning of the newest segment: for whoever wants what is now."""
+        found = segments(self._directory)
+        return Position(found[-1].first, found[-1].first, 0) if found else Position()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd, self._data, self._first = None, None, -1
+
+    def _open(self, position: Position) -> tuple[Position, int]:
+        """Open the segment that has a line, or the next one there is; the position in it, and how many lines are gone.
+
+        self._first stays below 0 where there is none.
+        """
+        self.close()
+        for _ in range(10):  # one may be removed, or compressed, between look and open
+            found = segments(self._directory)
+            at = next((s for s in found if s.first == position.segment), None)
+            if at is None:
+                at = self._holding(found, position.number)
+            if at is None:
+                return position, 0
+            try:
+                if at.packed:
+                    self._data = content(at)
+                else:
+                    self._fd = os.open(at.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                continue
+            self._first = at.first
+            if at.first == position.segment:
+                return position, 0
+            if at.first >= position.number:
+                return Position(at.first, at.first, 0), at.first - position.number
+            # Its line is in here, and where is not known.
+            found_lines, end = self._lines(0, position.number - at.first)
+            return Position(at.first + len(found_lines), at.first, end), 0
+        return position, 0
+
+    def _holding(self, found: Sequence[Segment], number: int) -> Segment | None:
+        """The segment in which a line is, if it is there; else the first after it."""
+        for segment, after in zip(found, [*found[1:], None], strict=True):
+            if segment.first >= number:
+                return segment
+            if after is not None and after.first > number:
+                return segment
+        return None
+
+    def _lines(self, offset: int, most: int) -> tuple[list[bytes], int]:
+        """Whole lines from an offset on, and the offset after them."""
+        data = b""
+        while True:
+            if self._data is not None or self._fd is None:
+                data, more = (self._data or b"")[offset:], False
+            else:
+                piece = os.pread(self._fd, _READ, offset + len(data))
+                data += piece
+                more = len(piece) == _READ
+            found = data.split(b"\n", most)
+            if len(found) > most or not more:
+                whole = found[:-1]
+                return whole, offset + sum(map(len, whole)) + len(whole)

@@ -1,0 +1,324 @@
+"""One sink's way from the spool to its target: read, encode, send until it is taken; then the position is stored.
+
+A target is asked with batches, and answers with an exception where something is wrong. What it will never take goes to
+quarantine with its own words, found by halving the batch, and the rest goes on. A batch is stored as done only as a
+whole: whoever is killed meanwhile sends it again, so a target must take the same points twice and keep them once.
+"""
+
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from acctd.errors import AcctdError, UsageError
+from acctd.frames import EVENTS, RECORDS, SAMPLES, Frame, decode
+from acctd.spool import Reader
+from exporters import positions
+from exporters.positions import Counts, State
+
+_ORDER = (RECORDS, EVENTS, SAMPLES)
+"""A record does not wait behind days of samples."""
+
+_IDLE = 0.5  # s between two looks at a spool that had nothing new
+_BACKOFF, _BACKOFF_MOST = 0.5, 60.0  # s
+_FULL_DISK = 5.0  # s between two attempts to write to one's own disk
+_RETRY_AFTER_MOST = 600.0  # s; a server that asks for more is asked again then
+_POINTS_A_LINE = 8  # about, of a sample
+_QUARANTINE_MOST = 64 * 2**20  # bytes; then it is begun anew, and one old file is kept
+
+log = logging.getLogger("acctd")
+
+
+class UnavailableError(Exception):
+    """Nothing can be said against the points: the same once more, later. `retry_after` is what the server asked for."""
+
+    def __init__(self, words: str, retry_after: float | None = None) -> None:
+        super().__init__(words)
+        self.retry_after = retry_after
+
+
+class RefusedError(Exception):
+    """The target takes the batch not at all, or not all of it. `bad`: which, by index, with its words; None: not told.
+
+    What is not bad is sent again, unless it was all.
+    """
+
+    def __init__(self, words: str, bad: Mapping[int, str] | None = None) -> None:
+        super().__init__(words)
+        self.bad = bad
+
+
+class TooLargeError(Exception):
+    """Fewer points at a time, please."""
+
+
+class Item(NamedTuple):
+    """One point: in the target's own format, and which of its places it goes to."""
+
+    to: str
+    data: bytes
+
+
+class Target(Protocol):
+    """Where one sink leads. All but encode() may block; a sink has a thread of its own."""
+
+    identity: str  # where it leads, without secrets
+    streams: tuple[str, ...]  # what it takes of the spool
+    batch: int  # points a request at most
+
+    def encode(self, frame: Frame) -> list[Item]:
+        """What a frame is there; none for what means nothing to it. UsageError for what it cannot express."""
+
+    def send(self, to: str, data: Sequence[bytes]) -> None:
+        """Store points, for good. Raises UnavailableError, RefusedError or TooLargeError."""
+
+    def state(self) -> dict[str, Any]:
+        """What it wants to find again, beside the position; plain JSON."""
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """The state as of the stored position: what was sent after that will be sent again. Called once, first."""
+
+    def close(self) -> None:
+        """Give everything back. Called in the sink's thread."""
+
+
+class _StoppedError(Exception):
+    """It is told to end."""
+
+
+class Delivery:
+    """One sink. run() is its thread's; numbers() may be called from others."""
+
+    def __init__(self, name: str, target: Target, spool_dir: Path, positions_dir: Path) -> None:
+        self.name = name
+        self._target = target
+        self._directory = positions_dir
+        self._spool_dir = spool_dir
+        self._readers = {stream: Reader(spool_dir / stream) for stream in _ORDER if stream in target.streams}
+        self._quarantine = quarantine(positions_dir, name)
+        self._stop = threading.Event()
+        self._batch = target.batch
+        self._held: list[bytes] = []  # what goes to quarantine with the position of this batch
+        self._done = Counts()  # what is counted with the position of this batch
+        self._state = positions.load(positions_dir, name) or State(identity=target.identity)
+        self._state.identity = target.identity
+        for stream, reader in self._readers.items():
+            self._state.positions.setdefault(stream, reader.oldest())
+        self._state.positions = {stream: self._state.positions[stream] for stream in self._readers}
+
+    def run(self, *, until_empty: bool = False) -> None:
+        """Deliver until stop(); with `until_empty` no longer than there is something in the spool."""
+        try:
+            self._target.resume(self._state.target)
+            self._cut_quarantine()
+            self._store()  # the agent sees from now on that this sink wants what there is
+            while not self._stop.is_set():
+                if self._step():
+                    continue
+                if until_empty:
+                    return
+                self._stop.wait(_IDLE)
+        except _StoppedError:
+            return
+        finally:
+            for reader in self._readers.values():
+                reader.close()
+            self._target.close()
+
+    def stop(self) -> None:
+        """Have run() return soon: a request under way is waited for."""
+        self._stop.set()
+
+    def numbers(self) -> State:
+        """How it stands; not to be changed."""
+        return self._state
+
+    def backlog(self) -> int:
+        """Bytes of the spool that it has not read; of compressed segments as they are."""
+        waiting = 0
+        for stream, position in self._state.positions.items():
+            for path in (self._spool_dir / stream).glob("*.jsonl*"):
+                try:
+                    first, size = int(path.name[:20]), path.stat().st_size
+                except (ValueError, FileNotFoundError):
+                    continue
+                if first > position.segment:
+                    waiting += size
+                elif first == position.segment:
+                    waiting += max(0, size - position.offset)
+        return waiting
+
+    def _step(self) -> bool:
+        """Deliver one batch; False where there is nothing."""
+        for stream, reader in self._readers.items():
+            before = self._state.positions[stream]
+            batch = reader.read(before, max(1, self._batch // _POINTS_A_LINE))
+            if batch.missing:
+                dropped = self._state.counts.dropped
+                dropped[stream] = dropped.get(stream, 0) + batch.missing
+                log.warning(
+                    "sink %s: %d %s went from a full spool before they were sent", self.name, batch.missing, stream
+                )
+            if batch.lines:
+                self._deliver(stream, batch.lines)
+            if batch.lines or batch.missing:
+                self._state.positions[stream] = batch.position
+                self._finish_batch()
+            if batch.lines:
+                return True
+        return False
+
+    def _deliver(self, stream: str, lines: Sequence[bytes]) -> None:
+        by_place: dict[str, list[bytes]] = {}
+        for line in lines:
+            try:
+                items = self._target.encode(decode(line))
+            except (msgspec.MsgspecError, UnicodeDecodeError, UsageError) as e:
+                self._done.unreadable += 1
+                self._set_aside(stream, line, str(e))
+                continue
+            for to, data in items:
+                by_place.setdefault(to, []).append(data)
+        for to, points in by_place.items():
+            for start in range(0, len(points), self._batch):
+                self._send(to, points[start : start + self._batch])
+
+    def _send(self, to: str, points: Sequence[bytes]) -> None:
+        """Have all points of a batch accepted, or set aside."""
+        waiting = [points]
+        while waiting:
+            part = waiting.pop()
+            try:
+                self._persist(to, part)
+            except RefusedError as e:
+                if e.bad is None and len(part) == 1:
+                    self._set_aside(to, part[0], str(e))
+                elif e.bad:
+                    for index, words in e.bad.items():
+                        self._set_aside(to, part[index], words)
+                    if rest := [point for index, point in enumerate(part) if index not in e.bad]:
+                        waiting.append(rest)
+                else:
+                    waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
+            except TooLargeError as e:
+                if len(part) == 1:
+                    self._set_aside(to, part[0], str(e))
+                else:
+                    self._batch = max(1, len(part) // 2)
+                    waiting += [part[self._batch :], part[: self._batch]]
+            else:
+                self._done.sent += len(part)
+                self._done.requests += 1
+                self._state.accepted = time.time()
+
+    def _persist(self, to: str, points: Sequence[bytes]) -> None:
+        """Ask until there is an answer to the points themselves."""
+        pause = _BACKOFF
+        while not self._stop.is_set():
+            try:
+                self._target.send(to, points)
+            except UnavailableError as e:
+                self._state.counts.failures += 1
+                self._tell(str(e))
+                wait = pause * random.uniform(0.5, 1.0)  # noqa: S311  # a thousand nodes are not to come at once
+                if e.retry_after is not None:
+                    wait = max(wait, min(e.retry_after, _RETRY_AFTER_MOST))
+                pause = min(2 * pause, _BACKOFF_MOST)
+                self._stop.wait(wait)
+            except (RefusedError, TooLargeError):
+                self._tell(None)
+                raise
+            else:
+                self._tell(None)
+                return
+        raise _StoppedError
+
+    def _tell(self, trouble: str | None) -> None:
+        """Say once that nothing is accepted, and once that it is again."""
+        if trouble is not None and self._state.trouble is None:
+            log.warning("sink %s: %s; what it is to get waits in the spool", self.name, trouble)
+        elif trouble is None and self._state.trouble is not None:
+            log.info("sink %s takes points again", self.name)
+        if trouble != self._state.trouble:
+            self._state.trouble = trouble
+            if trouble is not None:
+                self._store()
+
+    def _set_aside(self, to: str, point: bytes, words: str) -> None:
+        entry = {
+            "time": round(time.time(), 3),
+            "to": to,
+            "point": point.decode(errors="replace"),
+            "words": words[:2000],
+        }
+        self._held.append(json.dumps(entry).encode() + b"\n")
+        self._done.quarantined += 1
+
+    def _finish_batch(self) -> None:
+        """What was done, what was set aside and the position after it become true together."""
+        counts, done = self._state.counts, self._done
+        counts.sent += done.sent
+        counts.requests += done.requests
+        counts.quarantined += done.quarantined
+        counts.unreadable += done.unreadable
+        self._done = Counts()
+        self._state.target = self._target.state()
+        self._patiently(self._write_quarantine)
+        self._store()
+
+    def _store(self) -> None:
+        self._patiently(lambda: positions.store(self._directory, self.name, self._state))
+
+    def _patiently(self, write: Callable[[], None]) -> None:
+        """A disk that does not take it is waited for: to go on without would send everything twice."""
+        while True:
+            try:
+                return write()
+            except OSError as e:
+                self._state.trouble = f"cannot write to {self._directory} ({e.strerror})"
+                log.error("sink %s: %s; waiting for it", self.name, self._state.trouble)
+                if self._stop.wait(_FULL_DISK):
+                    raise _StoppedError from e
+
+    def _write_quarantine(self) -> None:
+        if not self._held:
+            return
+        if self._state.quarantine_bytes > _QUARANTINE_MOST:
+            os.replace(self._quarantine, f"{self._quarantine}.old")
+            self._state.quarantine_bytes = 0
+        with open(self._quarantine, "ab", buffering=0) as stream:
+            stream.truncate(self._state.quarantine_bytes)
+            stream.write(b"".join(self._held))
+            self._state.quarantine_bytes = stream.tell()
+        self._held.clear()
+
+    def _cut_quarantine(self) -> None:
+        """What was set aside after the stored position will be set aside again."""
+        if self._quarantine.exists():
+            with open(self._quarantine, "r+b") as stream:
+                stream.truncate(self._state.quarantine_bytes)
+
+
+def quarantine(directory: Path, name: str) -> Path:
+    """Where what a sink does not take is kept: JSON lines of time, to, point and the server's words."""
+    return directory / f"{name}.quarantine"
+
+
+def check_directory(directory: Path) -> None:
+    """Raises AcctdError where positions could not be stored."""
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        probe = directory / ".probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as e:
+        raise AcctdError(
+            f"export.positions_dir {directory} cannot be written ({e.strerror}); see its owner, or name another one"
+        ) from e

@@ -1,0 +1,126 @@
+"""How far each sink is in the spool, and what it has counted: one small file a sink, replaced as a whole.
+
+Written by `acctd export`, read by the agent (which removes what all have read) and by whoever asks how sinks stand. A
+sink that was renamed in the configuration takes its file along; that of one that was taken out stays, should it return.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from acctd.errors import AcctdError, NotPermittedError
+from acctd.frames import STREAMS
+from acctd.spool import Position
+
+_SUFFIX = ".json"
+
+
+class Counts(msgspec.Struct):
+    """Since the sink is there, over all restarts. Points are what the sink takes: lines of its own format."""
+
+    sent: int = 0  # points it has accepted
+    requests: int = 0  # that it has accepted
+    failures: int = 0  # requests that went wrong and were made again
+    quarantined: int = 0  # points it will never accept
+    dropped: dict[str, int] = {}  # lines of each stream that went from a full spool before they were read
+    unreadable: int = 0  # lines of the spool that are none
+
+
+class State(msgspec.Struct):
+    """One sink's file."""
+
+    identity: str  # where it leads: a sink that leads there under another name is the same one
+    positions: dict[str, Position] = {}
+    counts: Counts = msgspec.field(default_factory=Counts)
+    quarantine_bytes: int = 0  # of its quarantine, as of this position
+    target: dict[str, Any] = {}  # what the target itself wants to find again
+    accepted: float = 0.0  # s since the epoch, when a request was accepted last
+    trouble: str | None = None  # why nothing is accepted at the moment
+
+
+def load(directory: Path, name: str) -> State | None:
+    """None where there is none. Raises AcctdError for one that cannot be read: a sink must not begin anew unasked."""
+    path = directory / f"{name}{_SUFFIX}"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=State)
+    except FileNotFoundError:
+        return None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        raise AcctdError(
+            f"the position {path} is damaged ({e}); remove it to begin with all that the spool has"
+        ) from None
+    except OSError as e:
+        kind = NotPermittedError if isinstance(e, PermissionError) else AcctdError
+        raise kind(f"the position {path} cannot be read ({e.strerror}); see its owner and mode") from e
+
+
+def store(directory: Path, name: str, state: State) -> None:
+    """Replace it. Raises OSError, and the old one is there then."""
+    path = directory / f"{name}{_SUFFIX}"
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_bytes(msgspec.json.encode(state))
+        partial.rename(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def names(directory: Path) -> list[str]:
+    """Of all sinks that ever had a position here."""
+    try:
+        return sorted(name.removesuffix(_SUFFIX) for name in os.listdir(directory) if name.endswith(_SUFFIX))
+    except FileNotFoundError:
+        return []
+
+
+def adopt(directory: Path, wanted: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Let sinks that are new by name and not by identity go on where they were: (old name, new name) of each.
+
+    `wanted` has the identity of every configured sink by name. Raises as load() does, and OSError.
+    """
+    renamed = []
+    known = names(directory)
+    free = {name: state.identity for name in known if name not in wanted and (state := load(directory, name))}
+    for name in [name for name in wanted if name not in known]:
+        old = next((old for old, identity in free.items() if identity == wanted[name]), None)
+        if old is not None:
+            del free[old]
+            for path in [*directory.glob(f"{old}.*")]:
+                path.rename(directory / f"{name}{path.name.removeprefix(old)}")
+            renamed.append((old, name))
+    return renamed
+
+
+def consumed(directory: Path, sinks: Iterable[str]) -> dict[str, int]:
+    """Of each stream the number of the line that some sink still wants; none is named where that is not known.
+
+    A stream that a sink does not read at all has no position in its file, and it does not hold that up.
+    """
+    lowest: dict[str, int] = {}
+    for name in sinks:
+        try:
+            state = load(directory, name)
+        except AcctdError:
+            state = None
+        if state is None:
+            return {}
+        for stream, position in state.positions.items():
+            lowest[stream] = min(lowest.get(stream, position.number), position.number)
+    return lowest
+
+
+def furthest(directory: Path) -> dict[str, int]:
+    """Of each stream the number behind the last line that any sink has read: a new writer begins there at least."""
+    most = dict.fromkeys(STREAMS, 0)
+    for name in names(directory):
+        with suppress(AcctdError):
+            if (state := load(directory, name)) is not None:
+                for stream, position in state.positions.items():
+                    most[stream] = max(most.get(stream, 0), position.number)
+    return most
