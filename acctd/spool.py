@@ -72,8 +72,10 @@ def content(segment: Segment) -> bytes:
 class Writer:
     """The writing end of one stream. A new writer begins a new segment: what a dead one left is not touched."""
 
-    def __init__(self, directory: Path, *, at_least: int = 0, mode: int = 0o640) -> None:
-        self._directory, self._mode = directory, mode
+    def __init__(
+        self, directory: Path, *, at_least: int = 0, group: int | None = None, segment_bytes: int = SEGMENT_BYTES
+    ) -> None:
+        self._directory, self._group, self._segment_bytes = directory, group, segment_bytes
         self._fd: int | None = None
         self._size = 0
         self._last: bytes | None = None
@@ -98,7 +100,7 @@ class Writer:
         data = b"\n".join(lines) + b"\n"
         try:
             fd = self._fd
-            if fd is None or self._size >= SEGMENT_BYTES:
+            if fd is None or self._size >= self._segment_bytes:
                 fd = self._begin_segment()
             self._write(fd, data)
         except OSError as e:
@@ -115,9 +117,11 @@ class Writer:
         path = self._directory / f"{self.next:020d}.jsonl"
         # There may be one of a dead writer's, without a whole line; somebody may have it open.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path, flags, self._mode)
+        fd = os.open(path, flags, 0o600)
         self.close()
-        os.fchmod(fd, self._mode)  # whatever the umask
+        if self._group is not None:
+            os.fchown(fd, -1, self._group)
+            os.fchmod(fd, 0o640)
         self._fd, self._size = fd, 0
         return fd
 

@@ -97,10 +97,10 @@ def adopt(directory: Path, wanted: Mapping[str, str]) -> list[tuple[str, str]]:
     return renamed
 
 
-def consumed(directory: Path, sinks: Iterable[str]) -> dict[str, int]:
-    """Of each stream the number of the line that some sink still wants; none is named where that is not known.
+def consumed(directory: Path, sinks: Iterable[str]) -> dict[str, int] | None:
+    """Of each stream the number of the first line that some sink still wants; None where that is not known.
 
-    A stream that a sink does not read at all has no position in its file, and it does not hold that up.
+    A stream that no sink reads is not named.
     """
     lowest: dict[str, int] = {}
     for name in sinks:
@@ -109,7 +109,7 @@ def consumed(directory: Path, sinks: Iterable[str]) -> dict[str, int]:
         except AcctdError:
             state = None
         if state is None:
-            return {}
+            return None
         for stream, position in state.positions.items():
             lowest[stream] = min(lowest.get(stream, position.number), position.number)
     return lowest
