@@ -21,14 +21,16 @@ from acctd.errands import Errands
 from acctd.errors import AcctdError, InUseError, NotFoundError, UsageError
 from acctd.guard import released
 from acctd.job import Ending, Job, boottime, lingering
-from acctd.kernel import mountinfo, procs
+from acctd.kernel import procs
 from acctd.model import JobSpec, Limits, Record
 from acctd.news import News
+from acctd.outlet import Outlet
 from acctd.recovery import recover, unaccounted
 from acctd.relays import Relays
 from acctd.rows import Rule, Terms
 from acctd.vigil import Vigil
 from acctd.warden import Warden
+from acctd.whereabouts import Whereabouts
 from collectors.nfs import NfsReader
 
 _ROUNDS = 50  # of following processes that fork while they are registered
@@ -47,11 +49,12 @@ class Daemon:
         self.jobs: dict[str, Job] = {}
         self._busy: set[str] = set()  # being finished
         self._vigil = Vigil()
-        self._roots = mountinfo.cgroup_roots()
+        self.where = Whereabouts(self.jobs)
         self._warden = Warden(agent, self.books, self.news, self.jobs)
         self._errands = Errands(self.news.trouble)
         self._relays = Relays(agent)
         self._ticking = False
+        self._outlet = Outlet(agent, self.news, self._errands)
         self.shortages = Alarms(
             agent,
             tell=self.news.tell,
@@ -107,10 +110,12 @@ class Daemon:
         for job in self.jobs.values():
             job.close()
         self.jobs.clear()
+        self._outlet.close()
 
     def reconfigure(self, config: Config) -> None:
         """Another configuration for the jobs to come; those there are keep what they were made with."""
         self.agent.reconfigure(config)
+        self._outlet.reconfigure()
         self._warden.close()
         self._warden.guard(self.jobs.values())
         self._warden.mend(self.jobs.values())
@@ -159,7 +164,7 @@ class Daemon:
 
         Of the descendants only those that are in the same job as the process itself, and a user's if one is named.
         """
-        place = self.job_of(pid)
+        place = self.where.job_of(pid)
         job = self.create(spec, terms)
         try:
             self.attach(job, pid)
@@ -170,7 +175,7 @@ class Daemon:
                 if not new:
                     break
                 theirs = {other for other in new if uid is None or procs.owner(other) == uid}
-                self._take_in(job, {other for other in theirs if self.job_of(other) is place})
+                self._take_in(job, {other for other in theirs if self.where.job_of(other) is place})
                 inside |= new
         except BaseException:
             self._let_out(job)
@@ -247,18 +252,9 @@ class Daemon:
         return self._take_tracked(job, tracking.Survey())
 
     def _take_tracked(self, job: Job, survey: tracking.Survey) -> set[int]:
-        owner = job.spec.owner.uid
-        found = survey.find(job.row.terms.rules, owner if owner != 0 else None)
-        new = {pid for pid in found if self._may_come_from(self.job_of(pid), job)}
-        if new:
-            self._take_in(job, new)
+        new = self.where.to_take(job, survey)
+        self._take_in(job, new)
         return new
-
-    def _may_come_from(self, place: Job | None, job: Job) -> bool:
-        """Whether a job may take what it tracks from there: a family from the jobs above it, others from outside."""
-        if job.row.parent is None:
-            return place is None
-        return place is not None and place is not job and family.is_inside(job, place)
 
     def _take_in(self, job: Job, pids: Iterable[int]) -> None:
         for pid in pids:
@@ -283,10 +279,6 @@ class Daemon:
         self.agent.move_pipe(job, pid, uid)
         self._relays.open(job)
         self._set_terms(job, replace(job.row.terms, moved=True))
-
-    def job_of(self, pid: int) -> Job | None:
-        """The job that a process is in; of nested ones the innermost."""
-        return family.innermost(self.jobs, procs.cgroups(pid), self._roots)
 
     def read(self, job: Job) -> None:
         """Read a job now, with the families inside it, whose networks are part of its account."""
@@ -442,6 +434,7 @@ class Daemon:
             with self.cost.measured():
                 await self._read_all()
                 await self._housekeeping()
+            await self._outlet.end_tick(self.jobs, self.cost)
         finally:
             self._ticking = False
         return self.cost.last_tick
@@ -455,12 +448,14 @@ class Daemon:
     async def _read_all(self) -> None:
         jobs = self._idle()
         await self._warden.read(jobs)
+        self._outlet.begin_tick(self.jobs)
         for start in range(0, len(jobs), _SLICE):
             part = [job for job in jobs[start : start + _SLICE] if self._is_idle(job)]
             for job in part:
                 with self._telling(job):
                     self.agent.take(job)
             self.books.store(part)
+            self._outlet.sample(self.jobs, part)
             await asyncio.sleep(0)
         self.books.seen()
 

@@ -355,6 +355,23 @@ class Ledger:
             raise AcctdError(f"record {number} of job {job!r} was altered after it was signed off; restore {self.path}")
         return self._decoded(number, body)
 
+    def records_after(self, number: int, limit: int) -> list[tuple[int, str, bytes]]:
+        """The first records after a number as they were signed: number, digest, body."""
+        return self._rows(
+            "SELECT number, digest, body FROM record WHERE number > ? ORDER BY number LIMIT ?", number, limit
+        )
+
+    def digest(self, number: int) -> str | None:
+        """That of a record; None where there is none of this number."""
+        row = self._row("SELECT digest FROM record WHERE number = ?", number)
+        return row[0] if row else None
+
+    def newest(self) -> tuple[int, str, int]:
+        """Number and digest of the last record, and the number of the last event; 0 and "" where there is none."""
+        record = self._row("SELECT number, digest FROM record ORDER BY number DESC LIMIT 1") or (0, "")
+        event = self._row("SELECT max(number) FROM event") or (None,)
+        return *record, event[0] or 0
+
     def _decoded(self, number: int, body: bytes) -> Record:
         try:
             return msgspec.json.decode(body, type=Record)

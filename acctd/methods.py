@@ -172,7 +172,7 @@ class Methods:
         self._may_make(caller, wanted.parent)
         parent = self._daemon.find(wanted.parent) if wanted.parent is not None else None
         self._may_take(caller, pid, parent)
-        now = self._daemon.job_of(pid)
+        now = self._daemon.where.job_of(pid)
         if now is not None and parent is None:
             raise UsageError(f"pid {pid} is in job {now.spec.id!r}; name that as the parent, or attach the process")
         spec = JobSpec(
@@ -188,7 +188,7 @@ class Methods:
 
     async def _track(self, caller: Caller, wanted: _Track) -> Answer:
         job = self._own(caller, wanted.job)
-        if self._daemon.job_of(caller.pid) is job:
+        if self._daemon.where.job_of(caller.pid) is job:
             raise NotPermittedError(
                 f"you are inside job {job.spec.id!r}, which takes nothing from outside; name a family"
             )
@@ -366,7 +366,7 @@ class Methods:
 
     def _must_stay_inside(self, caller: Caller, job: Job | None) -> None:
         caller.must_live()
-        own = self._daemon.job_of(caller.pid)
+        own = self._daemon.where.job_of(caller.pid)
         if own is not None and (job is None or not family.is_inside(job, own)):
             what = f"job {job.spec.id!r} lies outside it" if job else "what you ask for reaches beyond it"
             raise NotPermittedError(f"you are inside job {own.spec.id!r} and {what}; name it or a family inside it")
@@ -398,14 +398,14 @@ class Methods:
         uid = procs.owner(pid)
         if uid is None:
             raise NotFoundError(f"pid {pid} does not exist; name a living process")
-        if caller.uid == 0 and self._daemon.job_of(caller.pid) is None:
+        if caller.uid == 0 and self._daemon.where.job_of(caller.pid) is None:
             return
         if caller.uid not in (0, uid):
             raise NotPermittedError(f"pid {pid} is not yours (uid {caller.uid}); name one of your own")
-        now = self._daemon.job_of(pid)
+        now = self._daemon.where.job_of(pid)
         if now is not None and (job is None or not family.is_inside(job, now)):
             raise NotPermittedError(f"pid {pid} is in job {now.spec.id!r} already; only root may take it out of there")
-        own = self._daemon.job_of(caller.pid)
+        own = self._daemon.where.job_of(caller.pid)
         if own is not None and (now is None or not family.is_inside(now, own)):
             raise NotPermittedError(f"pid {pid} is not inside job {own.spec.id!r} as you are; name one that is")
 

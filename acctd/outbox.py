@@ -1,0 +1,161 @@
+"""The agent's side of export: what exporters are to get is left in the spool, as frames. Sends nothing anywhere.
+
+Samples are written at each tick. Events and records are taken from the ledger, from the last one that the spool has: so
+none is lost or doubled by whoever died in between, and those of `acctd run` are among them. What all sinks have read
+is removed, what waits is compressed, and above the bound the oldest samples go.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+
+from acctd import __version__, family
+from acctd.errors import AcctdError, LedgerError
+from acctd.frames import (
+    EVENTS,
+    RECORDS,
+    SAMPLES,
+    AgentSample,
+    EventFrame,
+    Mark,
+    RecordFrame,
+    Sample,
+    decode,
+    encode,
+)
+from acctd.job import Job
+from acctd.ledger import Ledger
+from acctd.meter import State
+from acctd.model import Limits
+from acctd.sinks import ExportConfig
+from acctd.spoolroom import SpoolRoom
+
+_AT_ONCE = 200  # rows of the ledger that are copied before the loop may do something else
+_LIMITS = ("memory", "memory_soft", "swap", "cpus", "pids")
+
+
+class Outbox:
+    """One agent's. Of trouble `trouble` hears; no job or tick is ever held up by it."""
+
+    def __init__(self, config: ExportConfig, trouble: Callable[[AcctdError | OSError], None]) -> None:
+        self.config = config
+        self._trouble = trouble
+        self._room = SpoolRoom(config)
+        self._time = 0  # of the newest sample
+        self._nested: set[int] = set()  # jobs with families inside, as of this tick
+        self._owners: dict[int, str] = {}
+        self._tidying = False
+        self.lost = 0
+        """Samples that the disk did not take, since the agent's start."""
+        self._wants_samples = bool(config.influxdb or config.prometheus) or any(
+            SAMPLES in sink.streams for sink in config.json
+        )
+
+    def begin_tick(self, jobs: Iterable[Job]) -> None:
+        """All jobs are about to be read."""
+        self._nested = {job.row.parent for job in jobs if job.row.parent is not None}
+
+    def sample(self, jobs: Mapping[str, Job], read: Iterable[Job]) -> None:
+        """Leave the samples of jobs that have been read."""
+        if not self._wants_samples:
+            return
+        frames = [encode(self._sample(jobs, job)) for job in read if job.row.phase == "running"]
+        self._leave(SAMPLES, frames)
+
+    def agent(self, interval: float, numbers: Mapping[str, float]) -> None:
+        """Leave what the agent itself costs."""
+        if self._wants_samples:
+            own = {**numbers, **self.numbers()}
+            self._leave(SAMPLES, [encode(AgentSample(self._now(), interval, __version__, own))])
+
+    def numbers(self) -> dict[str, float]:
+        """Bytes on disk, and samples that could not be written."""
+        return {"spool_bytes": self._room.bytes, "spool_lost_samples": self.lost}
+
+    async def follow(self, ledger: Ledger) -> None:
+        """Copy the events and records that the spool has not. Raises LedgerError; the next time goes on from there."""
+        number, digest = self._last(RECORDS, ledger)
+        if number and ledger.digest(number) != digest:
+            number = 0  # another ledger, begun anew: all of it is new here
+        while records := ledger.records_after(number, _AT_ONCE):
+            frames = [RecordFrame(at, digest, self._now(), msgspec.Raw(body)) for at, digest, body in records]
+            self._room.writers[RECORDS].append([encode(frame) for frame in frames])
+            number = records[-1][0]
+            await asyncio.sleep(0)
+        event, _ = self._last(EVENTS, ledger)
+        while events := ledger.events(since=event, limit=_AT_ONCE):
+            lines = [
+                encode(EventFrame(e.number, e.time, e.event, e.text, e.job, e.uid, self._owners.get(e.uid or -1)))
+                for e in events
+            ]
+            self._room.writers[EVENTS].append(lines)
+            event = events[-1].number
+            await asyncio.sleep(0)
+
+    async def tidy(self) -> None:
+        """Remove what nobody wants any more, and what there is no room for; beside the loop. Once at a time."""
+        if self._tidying:
+            return
+        self._tidying = True
+        try:
+            await asyncio.to_thread(self._room.tidy)
+        except OSError as e:
+            self._trouble(e)
+        finally:
+            self._tidying = False
+
+    def close(self) -> None:
+        self._room.close()
+
+    def _sample(self, jobs: Mapping[str, Job], job: Job) -> Sample:
+        spec = job.spec
+        self._owners[spec.owner.uid] = spec.owner.name
+        return Sample(
+            time=self._now(),
+            job=spec.id,
+            owner=spec.owner.name,
+            uid=spec.owner.uid,
+            started=job.row.created,
+            network=spec.network,
+            totals=self._totals(jobs, job),
+            parent=spec.parent,
+            tags=dict(spec.tags),
+            limits=limits(spec.limits),
+            stacked=tuple(sorted(device for device, stacked in job.stacked.items() if stacked)),
+        )
+
+    def _totals(self, jobs: Mapping[str, Job], job: Job) -> State:
+        if job.row.seq in self._nested:
+            return family.totals(job, family.below(jobs, job))
+        return family.totals(job, ()) if job.families else job.meter.now()
+
+    def _leave(self, stream: str, lines: list[bytes]) -> None:
+        try:
+            self._room.writers[stream].append(lines)
+        except LedgerError as e:
+            self.lost += len(lines)
+            self._trouble(e)
+
+    def _last(self, stream: str, ledger: Ledger) -> tuple[int, str]:
+        """The number, and of a record the digest, of the last row that the spool has; at first where the ledger is."""
+        writer = self._room.writers[stream]
+        if writer.last is None:
+            number, digest, event = ledger.newest()
+            writer.append([encode(Mark(number, digest) if stream == RECORDS else Mark(event))])
+            return (number, digest) if stream == RECORDS else (event, "")
+        frame = decode(writer.last)
+        if isinstance(frame, RecordFrame | Mark):
+            return frame.number, frame.digest
+        return (frame.number, "") if isinstance(frame, EventFrame) else (0, "")
+
+    def _now(self) -> int:
+        """ns since the epoch, never the same twice: two points of a series must not share a time."""
+        self._time = max(time.time_ns(), self._time + 1)
+        return self._time
+
+
+def limits(of: Limits) -> dict[str, float | int]:
+    """Those that a job has, as a Sample holds them."""
+    return {name: value for name in _LIMITS if (value := getattr(of, name)) is not None}

@@ -1,0 +1,63 @@
+"""The living agent's outbox, where anything is exported at all: opened, fed at each tick, and opened anew when the
+configuration says otherwise. An outbox that cannot be had, or written, is told of and keeps no job from its account.
+"""
+
+from collections.abc import Mapping
+
+from acctd.agent import Agent
+from acctd.cost import Cost
+from acctd.errands import Errands
+from acctd.errors import AcctdError
+from acctd.job import Job
+from acctd.news import News
+from acctd.outbox import Outbox
+
+
+class Outlet:
+    """One agent's."""
+
+    def __init__(self, agent: Agent, news: News, errands: Errands) -> None:
+        self._agent, self._news, self._errands = agent, news, errands
+        self._config = agent.config.export
+        self._outbox = self._opened()
+
+    def reconfigure(self) -> None:
+        """The agent has another configuration."""
+        if self._agent.config.export != self._config:
+            self.close()
+            self._config = self._agent.config.export
+            self._outbox = self._opened()
+
+    def begin_tick(self, jobs: Mapping[str, Job]) -> None:
+        """All jobs are about to be read."""
+        if self._outbox is not None:
+            self._outbox.begin_tick(jobs.values())
+
+    def sample(self, jobs: Mapping[str, Job], read: list[Job]) -> None:
+        """Some jobs have been read."""
+        if self._outbox is not None:
+            self._outbox.sample(jobs, read)
+
+    async def end_tick(self, jobs: Mapping[str, Job], cost: Cost) -> None:
+        """All have: leave what happened since the last tick, and what this one cost."""
+        if self._outbox is None:
+            return
+        try:
+            await self._outbox.follow(self._agent.ledger)
+        except AcctdError as e:
+            self._news.trouble(None, e)
+        self._outbox.agent(self._agent.config.poll_interval, cost.published(len(jobs)))
+        self._errands.begin(self._outbox.tidy())
+
+    def close(self) -> None:
+        if self._outbox is not None:
+            self._outbox.close()
+
+    def _opened(self) -> Outbox | None:
+        if not self._config.active:
+            return None
+        try:
+            return Outbox(self._config, lambda error: self._news.trouble(None, error))
+        except AcctdError as e:
+            self._news.trouble(None, f"nothing is exported until the next reload: {e}")
+            return None
