@@ -5,6 +5,7 @@ there; what a dead writer left after the last newline never was. Segments that a
 Knows nothing of what is in a line, nor who reads how far; a reader keeps its position by itself.
 """
 
+import errno
 import gzip
 import os
 import re
@@ -15,10 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from acctd.errors import LedgerError
+from acctd.kernel import libc
 
 SEGMENT_BYTES = 8 * 2**20
+_PARTIAL = ".partial"
 _READ = 2**20
+_PIECE = 2**12  # what is lost of a damaged one at most, as compressed
 _NAME = re.compile(r"(\d{20})\.jsonl(\.gz)?\Z")
+_GZIP = 31  # zlib's window bits for a gzip header and the largest window
+_UNTOLD = (errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system that cannot reserve room
 
 
 class Segment(NamedTuple):
@@ -59,14 +65,20 @@ def segments(directory: Path) -> list[Segment]:
 
 
 def content(segment: Segment) -> bytes:
-    """All of it, as it was written. Raises FileNotFoundError where it is gone, OSError where it cannot be read."""
+    """What is in it, as it was written; of a damaged compressed one what is before the damage.
+
+    Raises FileNotFoundError where it is gone, OSError where it cannot be read.
+    """
     data = segment.path.read_bytes()
     if not segment.packed:
         return data
-    try:
-        return gzip.decompress(data)
-    except (EOFError, zlib.error) as e:
-        raise OSError(f"{segment.path} is no whole gzip file: {e}") from e
+    pieces, unpacker = [], zlib.decompressobj(_GZIP)
+    for start in range(0, len(data), _PIECE):
+        try:
+            pieces.append(unpacker.decompress(data[start : start + _PIECE]))
+        except zlib.error:
+            break
+    return b"".join(pieces)
 
 
 class Writer:
@@ -81,6 +93,8 @@ class Writer:
         self._last: bytes | None = None
         self.next = at_least
         self._kept = -1  # the newest segment with a line in it
+        for leftover in directory.glob(f"*{_PARTIAL}"):
+            leftover.unlink(missing_ok=True)  # whoever compressed it died
         for segment in reversed(segments(directory)):
             lines = content(segment).split(b"\n")[:-1]
             self.next = max(self.next, segment.first + len(lines))
@@ -100,7 +114,8 @@ class Writer:
         data = b"\n".join(lines) + b"\n"
         try:
             fd = self._fd
-            if fd is None or self._size >= self._segment_bytes:
+            # Without a name: somebody has cleared the spool by hand, and nobody would ever read it.
+            if fd is None or self._size >= self._segment_bytes or not os.fstat(fd).st_nlink:
                 fd = self._begin_segment()
             self._write(fd, data)
         except OSError as e:
@@ -118,20 +133,31 @@ class Writer:
         # There may be one of a dead writer's, without a whole line; somebody may have it open.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = os.open(path, flags, 0o600)
+        try:
+            if self._group is not None:
+                os.fchown(fd, -1, self._group)
+                os.fchmod(fd, 0o640)
+            path.with_suffix(".jsonl.gz").unlink(missing_ok=True)  # likewise without a line; it would hide this one
+        except OSError:
+            os.close(fd)
+            raise
         self.close()
-        if self._group is not None:
-            os.fchown(fd, -1, self._group)
-            os.fchmod(fd, 0o640)
         self._fd, self._size = fd, 0
         return fd
 
     def _write(self, fd: int, data: bytes) -> None:
+        # A full disk would take the beginning, and a reader would have seen whole lines of it before it was cut off.
+        try:
+            libc.reserve(fd, self._size, len(data))
+        except OSError as e:
+            if e.errno not in _UNTOLD:
+                raise
         view = memoryview(data)
         try:
             while view:
                 view = view[os.write(fd, view) :]
         except OSError:
-            os.ftruncate(fd, self._size)  # a full disk takes the beginning
+            os.ftruncate(fd, self._size)
             raise
 
     def full(self) -> list[Segment]:
@@ -154,14 +180,16 @@ def size(directory: Path) -> int:
 
 
 def remove(segment: Segment) -> None:
-    """Gone already is fine."""
-    segment.path.unlink(missing_ok=True)
+    """Both forms, should whoever compressed it have died in between. Gone already is fine. Raises OSError."""
+    raw = segment.path.with_name(f"{segment.first:020d}.jsonl")
+    raw.unlink(missing_ok=True)
+    raw.with_suffix(".jsonl.gz").unlink(missing_ok=True)
 
 
 def pack(segment: Segment) -> None:
     """Compress a full segment. Whoever is reading it reads on. Raises OSError; the segment is as it was then."""
     packed = segment.path.with_suffix(".jsonl.gz")
-    partial = segment.path.with_suffix(".partial")
+    partial = segment.path.with_suffix(_PARTIAL)
     try:
         data = gzip.compress(segment.path.read_bytes(), compresslevel=1)
         partial.unlink(missing_ok=True)
@@ -174,10 +202,11 @@ def pack(segment: Segment) -> None:
             os.fchmod(fd, found.st_mode & 0o777)
             os.fsync(fd)  # the only copy from now on
         partial.rename(packed)
-        segment.path.unlink(missing_ok=True)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
+    segment.path.unlink(missing_ok=True)
 
 
 class Reader:
@@ -186,14 +215,16 @@ class Reader:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._first = -1  # of the segment that is open
-        self._fd: int | None = None
-        self._data: bytes | None = None  # of a compressed one
+        self._fd: int | None = None  # of one that is not compressed
+        # Whole lines that were read ahead, and where they begin. Never the piece of a line: its writer may be dead, and
+        # another may begin here anew.
+        self._ahead, self._start = b"", 0
 
     def read(self, position: Position, lines: int) -> Batch:
-        """At most so many whole lines from a position on; none where there is nothing new."""
+        """At most so many whole lines from a position on; none where there is nothing new. Raises OSError."""
         missing = 0
         while True:
-            if self._first != position.segment or (self._fd is None and self._data is None):
+            if self._first != position.segment:
                 position, lost = self._open(position)
                 missing += lost
                 if self._first < 0:
@@ -225,7 +256,8 @@ class Reader:
     def close(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
-        self._fd, self._data, self._first = None, None, -1
+        self._fd, self._first = None, -1
+        self._ahead, self._start = b"", 0
 
     def _open(self, position: Position) -> tuple[Position, int]:
         """Open the segment that has a line, or the next one there is; the position in it, and how many lines are gone.
@@ -242,7 +274,8 @@ class Reader:
                 return position, 0
             try:
                 if at.packed:
-                    self._data = content(at)
+                    data = content(at)
+                    self._ahead = data[: data.rfind(b"\n") + 1]
                 else:
                     self._fd = os.open(at.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             except FileNotFoundError:
@@ -253,8 +286,8 @@ class Reader:
             if at.first >= position.number:
                 return Position(at.first, at.first, 0), at.first - position.number
             # Its line is in here, and where is not known.
-            found_lines, end = self._lines(0, position.number - at.first)
-            return Position(at.first + len(found_lines), at.first, end), 0
+            _, end = self._lines(0, position.number - at.first)
+            return Position(position.number, at.first, end), 0
         return position, 0
 
     def _holding(self, found: Sequence[Segment], number: int) -> Segment | None:
@@ -262,21 +295,34 @@ class Reader:
         for segment, after in zip(found, [*found[1:], None], strict=True):
             if segment.first >= number:
                 return segment
-            if after is not None and after.first > number:
+            if after is None or after.first > number:
                 return segment
         return None
 
     def _lines(self, offset: int, most: int) -> tuple[list[bytes], int]:
         """Whole lines from an offset on, and the offset after them."""
-        data = b""
-        while True:
-            if self._data is not None or self._fd is None:
-                data, more = (self._data or b"")[offset:], False
-            else:
-                piece = os.pread(self._fd, _READ, offset + len(data))
-                data += piece
-                more = len(piece) == _READ
-            found = data.split(b"\n", most)
-            if len(found) > most or not more:
-                whole = found[:-1]
-                return whole, offset + sum(map(len, whole)) + len(whole)
+        found: list[bytes] = []
+        while len(found) < most:
+            at = offset - self._start
+            if not 0 <= at < len(self._ahead):
+                if not self._look(offset):
+                    break
+                at = 0
+            end = self._ahead.index(b"\n", at)
+            found.append(self._ahead[at:end])
+            offset += end + 1 - at
+        return found, offset
+
+    def _look(self, offset: int) -> bool:
+        """Read ahead from an offset on; whether there is a whole line."""
+        if self._fd is None:
+            return False
+        pieces: list[bytes] = []
+        at = offset
+        while piece := os.pread(self._fd, _READ, at):
+            if end := piece.rfind(b"\n") + 1:
+                self._ahead, self._start = b"".join([*pieces, piece[:end]]), offset
+                return True
+            pieces.append(piece)
+            at += len(piece)
+        return False

@@ -12,14 +12,15 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from acctd.errors import AcctdError, UsageError
 from acctd.frames import EVENTS, RECORDS, SAMPLES, Frame, decode
-from acctd.spool import Reader
+from acctd.spool import Reader, segments
 from exporters import positions
 from exporters.positions import Counts, State
 
@@ -28,10 +29,13 @@ _ORDER = (RECORDS, EVENTS, SAMPLES)
 
 _IDLE = 0.5  # s between two looks at a spool that had nothing new
 _BACKOFF, _BACKOFF_MOST = 0.5, 60.0  # s
-_FULL_DISK = 5.0  # s between two attempts to write to one's own disk
+_FULL_DISK = 5.0  # s between two attempts at one's own disk
 _RETRY_AFTER_MOST = 600.0  # s; a server that asks for more is asked again then
 _POINTS_A_LINE = 8  # about, of a sample
+_GROW_AFTER = 32  # requests accepted in a row, until one that had to be smaller is twice as large again
 _QUARANTINE_MOST = 64 * 2**20  # bytes; then it is begun anew, and one old file is kept
+
+_T = TypeVar("_T")
 
 log = logging.getLogger("acctd")
 
@@ -47,7 +51,7 @@ class UnavailableError(Exception):
 class RefusedError(Exception):
     """The target takes the batch not at all, or not all of it. `bad`: which, by index, with its words; None: not told.
 
-    What is not bad is sent again, unless it was all.
+    What is not bad is sent again. Without a usable index the batch is halved until what is bad stands alone.
     """
 
     def __init__(self, words: str, bad: Mapping[int, str] | None = None) -> None:
@@ -105,6 +109,7 @@ class Delivery:
         self._quarantine = quarantine(positions_dir, name)
         self._stop = threading.Event()
         self._batch = target.batch
+        self._fitted = 0  # requests since the last that was too large
         self._held: list[bytes] = []  # what goes to quarantine with the position of this batch
         self._done = Counts()  # what is counted with the position of this batch
         self._state = positions.load(positions_dir, name) or State(identity=target.identity)
@@ -117,7 +122,7 @@ class Delivery:
         """Deliver until stop(); with `until_empty` no longer than there is something in the spool."""
         try:
             self._target.resume(self._state.target)
-            self._cut_quarantine()
+            self._patiently(self._cut_quarantine)
             self._store()  # the agent sees from now on that this sink wants what there is
             while not self._stop.is_set():
                 if self._step():
@@ -144,25 +149,20 @@ class Delivery:
         """Bytes of the spool that it has not read; of compressed segments as they are."""
         waiting = 0
         for stream, position in self._state.positions.items():
-            for path in (self._spool_dir / stream).glob("*.jsonl*"):
-                try:
-                    first, size = int(path.name[:20]), path.stat().st_size
-                except (ValueError, FileNotFoundError):
-                    continue
-                if first > position.segment:
-                    waiting += size
-                elif first == position.segment:
-                    waiting += max(0, size - position.offset)
+            for segment in segments(self._spool_dir / stream):
+                if segment.first >= position.segment:
+                    with suppress(FileNotFoundError):
+                        read = position.offset if segment.first == position.segment else 0
+                        waiting += max(0, segment.path.stat().st_size - read)
         return waiting
 
     def _step(self) -> bool:
         """Deliver one batch; False where there is nothing."""
         for stream, reader in self._readers.items():
             before = self._state.positions[stream]
-            batch = reader.read(before, max(1, self._batch // _POINTS_A_LINE))
+            batch = self._patiently(lambda: reader.read(before, max(1, self._batch // _POINTS_A_LINE)))  # noqa: B023
             if batch.missing:
-                dropped = self._state.counts.dropped
-                dropped[stream] = dropped.get(stream, 0) + batch.missing
+                self._done.dropped = {stream: batch.missing}
                 log.warning(
                     "sink %s: %d %s went from a full spool before they were sent", self.name, batch.missing, stream
                 )
@@ -184,11 +184,19 @@ class Delivery:
                 self._done.unreadable += 1
                 self._set_aside(stream, line, str(e))
                 continue
+            except Exception as e:  # a frame that an encoder does not survive would hold up all after it for ever
+                log.exception("sink %s: a line of %s could not be encoded", self.name, stream)
+                self._done.unreadable += 1
+                self._set_aside(stream, line, repr(e))
+                continue
             for to, data in items:
                 by_place.setdefault(to, []).append(data)
         for to, points in by_place.items():
-            for start in range(0, len(points), self._batch):
-                self._send(to, points[start : start + self._batch])
+            start = 0
+            while start < len(points):
+                size = self._batch  # which a request may change
+                self._send(to, points[start : start + size])
+                start += size
 
     def _send(self, to: str, points: Sequence[bytes]) -> None:
         """Have all points of a batch accepted, or set aside."""
@@ -198,25 +206,30 @@ class Delivery:
             try:
                 self._persist(to, part)
             except RefusedError as e:
-                if e.bad is None and len(part) == 1:
-                    self._set_aside(to, part[0], str(e))
-                elif e.bad:
-                    for index, words in e.bad.items():
+                bad = {index: words for index, words in (e.bad or {}).items() if 0 <= index < len(part)}
+                if not bad and len(part) == 1:
+                    bad = {0: str(e)}
+                if bad:
+                    for index, words in bad.items():
                         self._set_aside(to, part[index], words)
-                    if rest := [point for index, point in enumerate(part) if index not in e.bad]:
+                    if rest := [point for index, point in enumerate(part) if index not in bad]:
                         waiting.append(rest)
                 else:
                     waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
             except TooLargeError as e:
+                self._fitted = 0
                 if len(part) == 1:
                     self._set_aside(to, part[0], str(e))
                 else:
-                    self._batch = max(1, len(part) // 2)
+                    self._batch = len(part) // 2
                     waiting += [part[self._batch :], part[: self._batch]]
             else:
                 self._done.sent += len(part)
                 self._done.requests += 1
                 self._state.accepted = time.time()
+                self._fitted += 1
+                if self._fitted >= _GROW_AFTER and self._batch < self._target.batch:
+                    self._batch, self._fitted = min(2 * self._batch, self._target.batch), 0
 
     def _persist(self, to: str, points: Sequence[bytes]) -> None:
         """Ask until there is an answer to the points themselves."""
@@ -224,12 +237,12 @@ class Delivery:
         while not self._stop.is_set():
             try:
                 self._target.send(to, points)
-            except UnavailableError as e:
+            except (UnavailableError, OSError) as e:
                 self._state.counts.failures += 1
                 self._tell(str(e))
                 wait = pause * random.uniform(0.5, 1.0)  # noqa: S311  # a thousand nodes are not to come at once
-                if e.retry_after is not None:
-                    wait = max(wait, min(e.retry_after, _RETRY_AFTER_MOST))
+                if isinstance(e, UnavailableError) and e.retry_after is not None:
+                    wait += max(0.0, min(e.retry_after, _RETRY_AFTER_MOST))
                 pause = min(2 * pause, _BACKOFF_MOST)
                 self._stop.wait(wait)
             except (RefusedError, TooLargeError):
@@ -251,6 +264,47 @@ class Delivery:
             if trouble is not None:
                 self._store()
 
+    def _finish_batch(self) -> None:
+        """What was done, what was set aside and the position after it become true together."""
+        counts, done = self._state.counts, self._done
+        counts.sent += done.sent
+        counts.requests += done.requests
+        counts.quarantined += done.quarantined
+        counts.unreadable += done.unreadable
+        for stream, lines in done.dropped.items():
+            counts.dropped[stream] = counts.dropped.get(stream, 0) + lines
+        self._done = Counts()
+        self._state.target = self._target.state()
+        self._patiently(self._write_quarantine)
+        self._store()
+        if self._state.quarantine_bytes > _QUARANTINE_MOST:
+            # Only now, with nothing in it that is not stored: who dies after this line finds no file, and knows.
+            self._patiently(self._turn_quarantine)
+            self._state.quarantine_bytes = 0
+            self._store()
+
+    def _store(self) -> None:
+        self._patiently(lambda: positions.store(self._directory, self.name, self._state))
+
+    def _patiently(self, act: Callable[[], _T]) -> _T:
+        """One's own disk is waited for: to go on without it would lose lines, or send all of them twice."""
+        before, told = self._state.trouble, None
+        while True:
+            self._state.trouble = before  # the act may store it
+            try:
+                result = act()
+            except OSError as e:
+                words = f"{e.filename or self._directory}: {e.strerror or e}"
+                if words != told:
+                    log.error("sink %s: %s; waiting for it", self.name, words)
+                self._state.trouble = told = words
+                if self._stop.wait(_FULL_DISK):
+                    raise _StoppedError from e
+            else:
+                if told is not None:
+                    log.info("sink %s goes on", self.name)
+                return result
+
     def _set_aside(self, to: str, point: bytes, words: str) -> None:
         entry = {
             "time": round(time.time(), 3),
@@ -261,49 +315,30 @@ class Delivery:
         self._held.append(json.dumps(entry).encode() + b"\n")
         self._done.quarantined += 1
 
-    def _finish_batch(self) -> None:
-        """What was done, what was set aside and the position after it become true together."""
-        counts, done = self._state.counts, self._done
-        counts.sent += done.sent
-        counts.requests += done.requests
-        counts.quarantined += done.quarantined
-        counts.unreadable += done.unreadable
-        self._done = Counts()
-        self._state.target = self._target.state()
-        self._patiently(self._write_quarantine)
-        self._store()
-
-    def _store(self) -> None:
-        self._patiently(lambda: positions.store(self._directory, self.name, self._state))
-
-    def _patiently(self, write: Callable[[], None]) -> None:
-        """A disk that does not take it is waited for: to go on without would send everything twice."""
-        while True:
-            try:
-                return write()
-            except OSError as e:
-                self._state.trouble = f"cannot write to {self._directory} ({e.strerror})"
-                log.error("sink %s: %s; waiting for it", self.name, self._state.trouble)
-                if self._stop.wait(_FULL_DISK):
-                    raise _StoppedError from e
-
     def _write_quarantine(self) -> None:
         if not self._held:
             return
-        if self._state.quarantine_bytes > _QUARANTINE_MOST:
-            os.replace(self._quarantine, f"{self._quarantine}.old")
-            self._state.quarantine_bytes = 0
-        with open(self._quarantine, "ab", buffering=0) as stream:
+        with open(self._quarantine, "ab") as stream:
+            # Somebody may have looked at it and removed it.
+            self._state.quarantine_bytes = min(self._state.quarantine_bytes, stream.tell())
             stream.truncate(self._state.quarantine_bytes)
             stream.write(b"".join(self._held))
-            self._state.quarantine_bytes = stream.tell()
+            stream.flush()
+            os.fsync(stream.fileno())  # as the position is
+            size = stream.tell()
+        self._state.quarantine_bytes = size
         self._held.clear()
+
+    def _turn_quarantine(self) -> None:
+        with suppress(FileNotFoundError):
+            os.replace(self._quarantine, f"{self._quarantine}.old")
 
     def _cut_quarantine(self) -> None:
         """What was set aside after the stored position will be set aside again."""
-        if self._quarantine.exists():
-            with open(self._quarantine, "r+b") as stream:
-                stream.truncate(self._state.quarantine_bytes)
+        size = self._quarantine.stat().st_size if self._quarantine.exists() else 0
+        self._state.quarantine_bytes = min(self._state.quarantine_bytes, size)
+        if size:
+            os.truncate(self._quarantine, self._state.quarantine_bytes)
 
 
 def quarantine(directory: Path, name: str) -> Path:

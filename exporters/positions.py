@@ -63,7 +63,10 @@ def store(directory: Path, name: str, state: State) -> None:
     path = directory / f"{name}{_SUFFIX}"
     partial = path.with_suffix(".partial")
     try:
-        partial.write_bytes(msgspec.json.encode(state))
+        with open(partial, "wb") as stream:
+            stream.write(msgspec.json.encode(state))
+            stream.flush()
+            os.fsync(stream.fileno())  # else a power cut can leave an empty file under the name
         partial.rename(path)
     except OSError:
         with suppress(OSError):
@@ -80,21 +83,37 @@ def names(directory: Path) -> list[str]:
 
 
 def adopt(directory: Path, wanted: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Let sinks that are new by name and not by identity go on where they were: (old name, new name) of each.
+    """Let sinks go on where they were under another name: (old name, new name) of each.
 
-    `wanted` has the identity of every configured sink by name. Raises as load() does, and OSError.
+    `wanted` has the identity of every configured sink by name. A name whose sink now leads elsewhere goes on where it
+    was, unless that place was given another name. Raises as load() does, and OSError.
     """
-    renamed = []
-    known = names(directory)
-    free = {name: state.identity for name in known if name not in wanted and (state := load(directory, name))}
-    for name in [name for name in wanted if name not in known]:
-        old = next((old for old, identity in free.items() if identity == wanted[name]), None)
-        if old is not None:
-            del free[old]
-            for path in [*directory.glob(f"{old}.*")]:
-                path.rename(directory / f"{name}{path.name.removeprefix(old)}")
-            renamed.append((old, name))
+    known = {name: state.identity for name in names(directory) if (state := load(directory, name))}
+    strays = [name for name in known if wanted.get(name) != known[name]]
+    moves: dict[str, str] = {}  # new name -> old name
+    for name, identity in wanted.items():
+        if known.get(name) != identity:
+            old = next((old for old in strays if known[old] == identity and old not in moves.values()), None)
+            if old is not None:
+                moves[name] = old
+    renamed = [(old, name) for name, old in moves.items()]
+    while moves:
+        # One at a time, so that whoever dies in between finds each under a name that says where it leads.
+        free = next((name for name in moves if name not in moves.values()), None)
+        if free is None:  # they change places
+            free = next(iter(moves))
+            aside = f"{free}~"  # no sink has such a name
+            _move(directory, free, aside)
+            moves = {name: aside if old == free else old for name, old in moves.items()}
+        _move(directory, moves.pop(free), free)
     return renamed
+
+
+def _move(directory: Path, old: str, new: str) -> None:
+    """All of a sink's files, its position last: until then it is known under the old name."""
+    paths = [path for path in directory.glob(f"{old}.*") if path.suffix != _SUFFIX]
+    for path in [*paths, directory / f"{old}{_SUFFIX}"]:
+        path.rename(directory / f"{new}{path.name.removeprefix(old)}")
 
 
 def consumed(directory: Path, sinks: Iterable[str]) -> dict[str, int] | None:

@@ -8,6 +8,7 @@ CLONE_NEWNET = 0x40000000
 MS_BIND = 0x1000
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
+FALLOC_FL_KEEP_SIZE = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -46,3 +47,8 @@ def signalfd(signals: Iterable[int]) -> int:
 def umount(target: str) -> None:
     """Detach a mount; whoever still uses it keeps it. man 2 umount2."""
     _check(_libc.umount2(os.fsencode(target), MNT_DETACH | UMOUNT_NOFOLLOW), target)
+
+
+def reserve(fd: int, offset: int, length: int) -> None:
+    """Have the file system keep room in a file, whose size stays as it is. man 2 fallocate, FALLOC_FL_KEEP_SIZE."""
+    _check(_libc.fallocate(fd, FALLOC_FL_KEEP_SIZE, ctypes.c_long(offset), ctypes.c_long(length)), "fallocate")
