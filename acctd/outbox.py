@@ -28,7 +28,7 @@ from acctd.frames import (
 from acctd.job import Job
 from acctd.ledger import Ledger
 from acctd.meter import State
-from acctd.model import Limits
+from acctd.model import Limits, Record
 from acctd.sinks import ExportConfig
 from acctd.spoolroom import SpoolRoom
 
@@ -52,6 +52,11 @@ class Outbox:
         self._wants_samples = bool(config.influxdb or config.prometheus) or any(
             SAMPLES in sink.streams for sink in config.json
         )
+
+    def begin(self, ledger: Ledger) -> None:
+        """Mark where export begins, if it has not begun long ago. Raises LedgerError."""
+        self._last(RECORDS, ledger)
+        self._last(EVENTS, ledger)
 
     def begin_tick(self, jobs: Iterable[Job]) -> None:
         """All jobs are about to be read."""
@@ -84,7 +89,7 @@ class Outbox:
             self._room.writers[RECORDS].append([encode(frame) for frame in frames])
             number = records[-1][0]
             await asyncio.sleep(0)
-        event, _ = self._last(EVENTS, ledger)
+        event = self._last(EVENTS, ledger)[0]
         while events := ledger.events(since=event, limit=_AT_ONCE):
             lines = [
                 encode(EventFrame(e.number, e.time, e.event, e.text, e.job, e.uid, self._owners.get(e.uid or -1)))
@@ -93,6 +98,17 @@ class Outbox:
             self._room.writers[EVENTS].append(lines)
             event = events[-1].number
             await asyncio.sleep(0)
+
+    def follow_one(self, ledger: Ledger, job: str) -> None:
+        """Copy the records of one job and no other's; for who accounts for one alone. Raises LedgerError."""
+        number = self._last(RECORDS, ledger)[0]
+        while records := ledger.records_after(number, _AT_ONCE):
+            for at, digest, body in records:
+                if msgspec.json.decode(body, type=Record).id == job:
+                    self._room.writers[RECORDS].append(
+                        [encode(RecordFrame(at, digest, self._now(), msgspec.Raw(body)))]
+                    )
+            number = records[-1][0]
 
     async def tidy(self) -> None:
         """Remove what nobody wants any more, and what there is no room for; beside the loop. Once at a time."""

@@ -57,7 +57,9 @@ class Outlet:
         if not self._config.active:
             return None
         try:
-            return Outbox(self._config, lambda error: self._news.trouble(None, error))
+            outbox = Outbox(self._config, lambda error: self._news.trouble(None, error))
+            outbox.begin(self._agent.ledger)
+            return outbox
         except AcctdError as e:
             self._news.trouble(None, f"nothing is exported until the next reload: {e}")
             return None

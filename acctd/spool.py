@@ -179,6 +179,17 @@ def size(directory: Path) -> int:
     return total
 
 
+def backlog(directory: Path, position: Position) -> int:
+    """Bytes on disk of a stream from a position on; of compressed segments as they are."""
+    waiting = 0
+    for segment in segments(directory):
+        if segment.first >= position.segment:
+            with suppress(FileNotFoundError):
+                read = position.offset if segment.first == position.segment else 0
+                waiting += max(0, segment.path.stat().st_size - read)
+    return waiting
+
+
 def remove(segment: Segment) -> None:
     """Both forms, should whoever compressed it have died in between. Gone already is fine. Raises OSError."""
     raw = segment.path.with_name(f"{segment.first:020d}.jsonl")
@@ -269,7 +280,8 @@ class Reader:
             found = segments(self._directory)
             at = next((s for s in found if s.first == position.segment), None)
             if at is None:
-                at = self._holding(found, position.number)
+                # The one in which the line is, if it is anywhere; else the first after it.
+                at = next((s for s in reversed(found) if s.first <= position.number), found[0] if found else None)
             if at is None:
                 return position, 0
             try:
@@ -289,15 +301,6 @@ class Reader:
             _, end = self._lines(0, position.number - at.first)
             return Position(position.number, at.first, end), 0
         return position, 0
-
-    def _holding(self, found: Sequence[Segment], number: int) -> Segment | None:
-        """The segment in which a line is, if it is there; else the first after it."""
-        for segment, after in zip(found, [*found[1:], None], strict=True):
-            if segment.first >= number:
-                return segment
-            if after is None or after.first > number:
-                return segment
-        return None
 
     def _lines(self, offset: int, most: int) -> tuple[list[bytes], int]:
         """Whole lines from an offset on, and the offset after them."""

@@ -68,7 +68,9 @@ class SpoolRoom:
         full = self.writers[stream].full()
         firsts = [segment.first for segment in spool.segments(self._config.spool_dir / stream)]
         for segment in full:
-            after = next(first for first in firsts if first > segment.first)
+            after = next((first for first in firsts if first > segment.first), None)
+            if after is None:
+                continue  # somebody has cleared the spool by hand
             if wanted is not None and after <= wanted.get(stream, self._unread(full)):
                 _tried(lambda: spool.remove(segment), failed)  # noqa: B023  # called at once
             elif not segment.packed and time.time() - _changed(segment) > _PACK_AFTER:

@@ -20,7 +20,7 @@ import msgspec
 
 from acctd.errors import AcctdError, UsageError
 from acctd.frames import EVENTS, RECORDS, SAMPLES, Frame, decode
-from acctd.spool import Reader, segments
+from acctd.spool import Reader, backlog
 from exporters import positions
 from exporters.positions import Counts, State
 
@@ -108,6 +108,8 @@ class Delivery:
         self._readers = {stream: Reader(spool_dir / stream) for stream in _ORDER if stream in target.streams}
         self._quarantine = quarantine(positions_dir, name)
         self._stop = threading.Event()
+        self._finite = threading.Event()
+        self._woken = threading.Event()
         self._batch = target.batch
         self._fitted = 0  # requests since the last that was too large
         self._held: list[bytes] = []  # what goes to quarantine with the position of this batch
@@ -119,17 +121,21 @@ class Delivery:
         self._state.positions = {stream: self._state.positions[stream] for stream in self._readers}
 
     def run(self, *, until_empty: bool = False) -> None:
-        """Deliver until stop(); with `until_empty` no longer than there is something in the spool."""
+        """Deliver until stop(); with `until_empty`, or after end_when_empty(), until nothing is left in the spool."""
+        if until_empty:
+            self._finite.set()
         try:
             self._target.resume(self._state.target)
             self._patiently(self._cut_quarantine)
             self._store()  # the agent sees from now on that this sink wants what there is
             while not self._stop.is_set():
+                finite = self._finite.is_set()  # asked before the look: what was written before is found by it
                 if self._step():
                     continue
-                if until_empty:
+                if finite:
                     return
-                self._stop.wait(_IDLE)
+                self._woken.wait(_IDLE)
+                self._woken.clear()
         except _StoppedError:
             return
         finally:
@@ -137,9 +143,15 @@ class Delivery:
                 reader.close()
             self._target.close()
 
+    def end_when_empty(self) -> None:
+        """Nothing more will be written to the spool: have run() return once it has delivered what there is."""
+        self._finite.set()
+        self._woken.set()
+
     def stop(self) -> None:
         """Have run() return soon: a request under way is waited for."""
         self._stop.set()
+        self._woken.set()
 
     def numbers(self) -> State:
         """How it stands; not to be changed."""
@@ -147,14 +159,7 @@ class Delivery:
 
     def backlog(self) -> int:
         """Bytes of the spool that it has not read; of compressed segments as they are."""
-        waiting = 0
-        for stream, position in self._state.positions.items():
-            for segment in segments(self._spool_dir / stream):
-                if segment.first >= position.segment:
-                    with suppress(FileNotFoundError):
-                        read = position.offset if segment.first == position.segment else 0
-                        waiting += max(0, segment.path.stat().st_size - read)
-        return waiting
+        return sum(backlog(self._spool_dir / stream, at) for stream, at in self._state.positions.items())
 
     def _step(self) -> bool:
         """Deliver one batch; False where there is nothing."""

@@ -17,6 +17,7 @@ _COMMANDS = {
     "continue": "Let suspended jobs go on.",
     "doctor": "Say what this host can do, and what to do about what it cannot.",
     "events": "List what happened, and follow what happens.",
+    "export": "Deliver what the agent leaves to databases and scrapers.",
     "kill": "End all processes of jobs.",
     "limit": "Change the limits of a job.",
     "ls": "List open jobs and records.",
@@ -25,6 +26,7 @@ _COMMANDS = {
     "run": "Run a command as a job and account for it.",
     "serve": "Run the node agent.",
     "show": "Show what a job uses, or its record.",
+    "sinks": "Show how far the sinks of acctd export are.",
     "suspend": "Stop all processes of jobs for a while.",
     "top": "Show what jobs use now, refreshed.",
 }

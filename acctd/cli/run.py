@@ -5,8 +5,10 @@ command did: its status, or 128+n after signal n.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -29,6 +31,9 @@ from acctd.rows import Terms
 from acctd.shortages import Shortages
 from exporters.classad import format_ad, record_ad
 
+if TYPE_CHECKING:
+    from acctd.cli.influx import Series
+
 
 @click.command("run", context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
 @click.option("--id", "job_id", metavar="ID", help="The job's id; a new one if not given.")
@@ -49,6 +54,7 @@ from exporters.classad import format_ad, record_ad
 @click.option("--tag", "tags", metavar="KEY=VALUE", multiple=True, help="Kept in the record; may be repeated.")
 @click.option("--classad", metavar="FILE", help="Write the record as a ClassAd; - is standard output.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the record as JSON; - is standard output.")
+@click.option("--influx", metavar="URL", help="Send the job's series there: http://HOST:8086?db=NAME.")
 @click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
 @click.option("-q", "--quiet", is_flag=True, help="No live line and no summary.")
 @click.argument("arguments", metavar="COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -61,6 +67,7 @@ def command(
     tags: tuple[str, ...],
     classad: str | None,
     json_path: str | None,
+    influx: str | None,
     config_path: str | None,
     quiet: bool,
     arguments: tuple[str, ...],
@@ -96,6 +103,7 @@ def command(
         ),
     )
     spec = with_default_classes(spec, config)
+    sent = _series(influx)
     outputs = {form: Output(option, path) for option, form, path in _files(classad, json_path)}
     # From here on signals are taken in order, one by one: none is lost, and none interrupts a half-made job.
     with (
@@ -106,7 +114,10 @@ def command(
         recovery = recover(agent)
         if job_id is None:
             spec = replace(spec, id=agent.ledger.next_id())
-        record = _account(agent, spec, arguments, groups, environ, signals, shortages, quiet=quiet)
+        with sent(agent, spec.id) as series:
+            record = _account(agent, spec, arguments, groups, environ, signals, shortages, quiet=quiet)
+            if series is not None:
+                series.finish(record.id)
         for form, output in outputs.items():
             output.write(_formatted(form, record))
     if not quiet:
@@ -116,6 +127,16 @@ def command(
     for sentence in agent.trouble:
         say(f"acctd: {sentence}; the next acctd run tries again")
     return 128 + record.exit_signal if record.exit_signal is not None else record.exit_code or 0
+
+
+def _series(url: str | None) -> "Callable[[Agent, str], AbstractContextManager[Series | None]]":
+    """What sends the job's series there. Imported when it is asked for: it takes as long as the rest of acctd run."""
+    if url is None:
+        return lambda _agent, _name: nullcontext()
+    from acctd.cli import influx
+
+    sink = influx.parse_sink(url)
+    return lambda agent, name: influx.series(agent, sink, name, os.environ)
 
 
 def _account(

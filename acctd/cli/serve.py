@@ -15,13 +15,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import click
 
 from acctd import config as configuration
 from acctd.agent import Agent
+from acctd.cli.service import feed_watchdog, is_journal, log_to_stderr, notify
 from acctd.config import Config
 from acctd.daemon import Daemon
 from acctd.errors import AcctdError, ExhaustedError, InUseError, LedgerError, NotPermittedError, UsageError
@@ -32,7 +33,6 @@ from acctd.server import Server
 _GC_THRESHOLD = 50_000, 20, 100
 _LEDGER_RETRY = 1.0  # s
 _LISTEN_FDS_START = 3
-_PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
 log = logging.getLogger("acctd")
 
@@ -41,7 +41,7 @@ log = logging.getLogger("acctd")
 @click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
 def command(config_path: str | None) -> int:
     """Hold and account for this node's jobs until told to stop."""
-    _log_to_stderr()
+    log_to_stderr()
     # A watchdog's SIGABRT, or a crash in a library, leaves in the log where the program stood.
     faulthandler.enable()
     _raise_descriptor_limit()
@@ -51,7 +51,7 @@ def command(config_path: str | None) -> int:
         with _alone(config), _agent(config) as agent:
             asyncio.run(_Service(agent, config_path, inherited).run())
     except AcctdError as e:
-        if not _is_journal(sys.stderr.fileno()):
+        if not is_journal(sys.stderr.fileno()):
             raise
         log.error("%s", e)  # as the command line would say it, with a priority
         return e.exit_code
@@ -114,7 +114,7 @@ class _Service:
         shown = self._inherited.getsockname() if self._inherited else str(path)
         if shown != str(path):
             log.warning("the service manager listens on %s, the configuration says socket = %s", shown, path)
-        watchdog = loop.create_task(_feed_watchdog(os.environ))
+        watchdog = loop.create_task(feed_watchdog(os.environ))
         notify("READY=1")
         log.info("serving on %s, %d jobs held", shown, len(self._daemon.jobs))
         try:
@@ -213,52 +213,7 @@ def inherited_socket() -> socket.socket | None:
     return passed
 
 
-async def _feed_watchdog(environ: Mapping[str, str]) -> None:
-    """Say twice in the watchdog's time that the loop runs; one that hangs says nothing. sd_watchdog_enabled(3)."""
-    if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return
-    wanted = int(environ.get("WATCHDOG_USEC", "0")) / 1e6
-    while wanted > 0:
-        notify("WATCHDOG=1")
-        await asyncio.sleep(wanted / 2)
-
-
-def notify(state: str) -> None:
-    """sd_notify(3); nothing where no service manager listens."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
-            manager.connect("\0" + address[1:] if address.startswith("@") else address)
-            manager.send(state.encode())
-    except OSError as e:
-        log.warning("the service manager at %s does not take news (%s); going on", address, e.strerror)
-
-
 def _raise_descriptor_limit() -> None:
     """A job keeps some 18 files open, and the soft limit is 1024 by custom, for the sake of select(2), unused here."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-class _Priority(logging.Formatter):
-    """The prefix <n>, which the journal turns into a priority, on every line: each is an entry. sd-daemon(3)."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        prefix = f"<{_PRIORITIES.get(record.levelno, 5)}>"
-        return "\n".join(prefix + line for line in super().format(record).splitlines())
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
-    handler.setFormatter(_Priority("%(message)s") if _is_journal(sys.stderr.fileno()) else plain)
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-
-
-def _is_journal(fd: int) -> bool:
-    """Whether a descriptor leads to the journal: $JOURNAL_STREAM is "device:inode". systemd.exec(5)."""
-    found = os.fstat(fd)
-    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"

@@ -29,7 +29,7 @@ def test_imports_point_down() -> None:
         "acctd.family": 5, "acctd.guard": 5, "acctd.inquest": 5, "acctd.launch": 5, "acctd.ledgers": 5,
         "acctd.news": 5, "acctd.recovery": 5, "acctd.relays": 5, "acctd.sentry": 5, "acctd.shares": 5,
         "acctd.ears": 5, "acctd.shortages": 5, "acctd.views": 5, "acctd.vigil": 5, "acctd.warden": 5,
-        "acctd.outbox": 5, "acctd.outlet": 5, "acctd.spoolroom": 5, "acctd.watched": 5, "acctd.whereabouts": 5, "acctd.wishes": 5,
+        "acctd.exporting": 5, "acctd.outbox": 5, "acctd.outlet": 5, "acctd.spoolroom": 5, "acctd.watched": 5, "acctd.whereabouts": 5, "acctd.wishes": 5,
         "acctd.caller": 6, "acctd.daemon": 6, "acctd.client": 7, "acctd.methods": 7, "acctd.server": 7,
         "acctd.cli": 8, "acctd.__main__": 9,
     }  # fmt: skip

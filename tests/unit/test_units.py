@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from acctd import config as configuration
-from acctd.cli import serve
+from acctd.cli import serve, service
 
 REPO = Path(__file__).parents[2]
 UNITS = REPO / "systemd"
@@ -108,7 +108,7 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
 def test_the_watchdog_is_fed_by_the_loop_and_not_by_ticks(manager: socket.socket) -> None:
     async def three() -> list[bytes]:
         loop = asyncio.get_running_loop()
-        feeding = loop.create_task(serve._feed_watchdog({"WATCHDOG_USEC": "20000", "WATCHDOG_PID": str(os.getpid())}))
+        feeding = loop.create_task(service.feed_watchdog({"WATCHDOG_USEC": "20000", "WATCHDOG_PID": str(os.getpid())}))
         heard = [await asyncio.wait_for(loop.sock_recv(manager, 100), 60) for _ in range(3)]
         feeding.cancel()
         return heard
@@ -118,7 +118,7 @@ def test_the_watchdog_is_fed_by_the_loop_and_not_by_ticks(manager: socket.socket
 
 @pytest.mark.parametrize("environ", [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "20000", "WATCHDOG_PID": "1"}])
 def test_without_a_watchdog_nothing_is_said(manager: socket.socket, environ: dict[str, str]) -> None:
-    asyncio.run(serve._feed_watchdog(environ))
+    asyncio.run(service.feed_watchdog(environ))
     with pytest.raises(BlockingIOError):
         manager.recv(100)
 
@@ -127,7 +127,7 @@ def test_a_manager_that_is_gone_is_no_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
-    serve.notify("READY=1")
+    service.notify("READY=1")
     assert "does not take news (No such file or directory)" in caplog.text
 
 
@@ -141,10 +141,10 @@ def test_the_journal_is_known_by_its_stream(tmp_path: Path, monkeypatch: pytest.
     with open(tmp_path / "log", "w") as log:
         found = os.fstat(log.fileno())
         monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
-        assert serve._is_journal(log.fileno())
+        assert service.is_journal(log.fileno())
         # Inherited by a shell in a unit, whose output goes elsewhere.
         monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino + 1}")
-        assert not serve._is_journal(log.fileno())
+        assert not service.is_journal(log.fileno())
 
 
 def test_paths_are_the_same_everywhere() -> None:

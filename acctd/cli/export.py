@@ -1,0 +1,105 @@
+"""`acctd export`: brings what the agent left in the spool to databases, files and scrapers, until told to stop.
+
+A process of its own, so that nothing on the network can hold up the agent, and so that it can be another user: it only
+reads the spool, and writes its positions. SIGHUP reads the configuration again, SIGTERM and SIGINT end it.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import click
+
+from acctd import config as configuration
+from acctd.cli.service import is_journal, log_to_stderr, notify
+from acctd.config import Config
+from acctd.errors import AcctdError, ExhaustedError, InUseError, UsageError
+from acctd.exporting import Exporter
+from acctd.kernel import filelock
+from exporters.delivery import check_directory
+
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+log = logging.getLogger("acctd")
+
+
+@click.command("export")
+@click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
+@click.option("--once", is_flag=True, help="Deliver what is in the spool, then end.")
+def command(config_path: str | None, once: bool) -> int:
+    """Deliver what the agent leaves to InfluxDB, Prometheus and log shippers."""
+    log_to_stderr()
+    # Taken one by one by a thread of their own; all threads that are made later inherit the mask.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        config = _loaded(config_path, os.environ)
+        check_directory(config.export.positions_dir)
+        with _alone(config):
+            return _once(config) if once else _serve(config, config_path)
+    except AcctdError as e:
+        if not is_journal(sys.stderr.fileno()):
+            raise
+        log.error("%s", e)  # as the command line would say it, with a priority
+        return e.exit_code
+
+
+@contextmanager
+def _alone(config: Config) -> Iterator[None]:
+    """One exporter for a set of positions; the lock ends with the process, however that ends."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(filelock.held(f"{config.export.positions_dir}/export.lock", patience=1.0))
+        except ExhaustedError as e:
+            raise InUseError(f"another acctd export keeps {config.export.positions_dir}; stop it first") from e
+        yield
+
+
+def _serve(config: Config, config_path: str | None) -> int:
+    while True:
+        with Exporter(config.export, socket.gethostname(), os.environ) as exporter:
+            exporter.start()
+            notify("READY=1")
+            log.info("exporting from %s", config.export.spool_dir)
+            while True:
+                if signal.sigwait(_SIGNALS) != signal.SIGHUP:
+                    notify("STOPPING=1")
+                    return 0
+                try:
+                    new = _loaded(config_path, os.environ)
+                except AcctdError as e:
+                    log.error("configuration not taken: %s", e)
+                    continue
+                if new.export.positions_dir != config.export.positions_dir:
+                    log.error("configuration not taken: export.positions_dir is another one; restart acctd export")
+                    continue
+                config = new
+                break
+        log.info("configuration read again")
+
+
+def _once(config: Config) -> int:
+    with Exporter(config.export, socket.gethostname(), os.environ) as exporter:
+        exporter.start(until_empty=True)
+        ended = threading.Thread(target=exporter.join)
+        ended.start()
+        while ended.is_alive():
+            if signal.sigtimedwait(_SIGNALS, 0) is not None:
+                return 130
+            ended.join(0.1)
+        if exporter.backlog():
+            raise ExhaustedError(f"not all of {config.export.spool_dir} could be delivered; see acctd sinks")
+    return 0
+
+
+def _loaded(path: str | None, environ: Mapping[str, str]) -> Config:
+    config = configuration.load(path, environ)
+    if not config.export.active:
+        raise UsageError(
+            f"{config.file or 'the configuration'} has no sink; add [influxdb.NAME], [json.NAME] or [prometheus]"
+        )
+    return config

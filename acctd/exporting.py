@@ -1,0 +1,123 @@
+"""All sinks of one node at work: a thread for each, and what is served of the newest samples.
+
+The composition root of `acctd export`: knows every target, and which configuration makes which. A sink that fails, for
+want of a token or by a defect of ours, is tried again and keeps no other from its turn.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+
+from acctd.errors import AcctdError
+from acctd.frames import STREAMS
+from acctd.sinks import ExportConfig, InfluxSink, JsonSink
+from acctd.spool import size
+from exporters import positions
+from exporters.delivery import Delivery, Target, check_directory
+
+_AGAIN = 10.0  # s until a sink that could not be begun is begun again
+
+log = logging.getLogger("acctd")
+
+
+class Exporter:
+    """Use as a context manager; leaving it stores all positions and ends all threads."""
+
+    def __init__(self, config: ExportConfig, host: str, environ: Mapping[str, str]) -> None:
+        """Raises AcctdError where positions cannot be kept."""
+        self._config, self._host, self._environ = config, host, environ
+        self._stopping = threading.Event()
+        self._finite = threading.Event()  # each sink ends once it has delivered what there is
+        self._threads: list[threading.Thread] = []
+        self.deliveries: dict[str, Delivery] = {}
+        """The sinks that are at work, by name."""
+        self._told: dict[str, str] = {}  # why a sink could not be begun
+        check_directory(config.positions_dir)
+        for old, new in positions.adopt(config.positions_dir, {s.name: identity(s) for s in self._sinks()}):
+            log.info("sink %s goes on where it was as %s", new, old)
+
+    def __enter__(self) -> "Exporter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self, *, until_empty: bool = False) -> None:
+        """Begin all sinks; with `until_empty` each ends once it has delivered what there is."""
+        if until_empty:
+            self.end_when_empty()
+        for sink in self._sinks():
+            thread = threading.Thread(target=self._run, args=(sink,), name=f"sink {sink.name}")
+            self._threads.append(thread)
+            thread.start()
+
+    def end_when_empty(self) -> None:
+        """Nothing more will be written: let each sink end once it has delivered what there is."""
+        self._finite.set()
+        for delivery in list(self.deliveries.values()):
+            delivery.end_when_empty()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until all sinks have ended, or for some seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    def backlog(self) -> int:
+        """Bytes that a sink has not read; a sink that could not be begun has read nothing."""
+        waiting = [delivery.backlog() for delivery in self.deliveries.values()]
+        begun = len(waiting) == len(self._sinks())
+        return max(waiting, default=0) if begun else 1 + sum(size(self._config.spool_dir / s) for s in STREAMS)
+
+    def trouble(self, name: str) -> str | None:
+        """Why a sink does not get on."""
+        if name in self.deliveries:
+            return self.deliveries[name].numbers().trouble
+        return self._told.get(name)
+
+    def stop(self) -> None:
+        """End all. A request under way is waited for, as long as its sink's timeout lets it."""
+        self._stopping.set()
+        for delivery in list(self.deliveries.values()):
+            delivery.stop()
+        self.join()
+
+    def _sinks(self) -> tuple[InfluxSink | JsonSink, ...]:
+        return (*self._config.influxdb, *self._config.json)
+
+    def _run(self, sink: InfluxSink | JsonSink) -> None:
+        while not self._stopping.is_set():
+            try:
+                delivery = Delivery(sink.name, self._target(sink), self._config.spool_dir, self._config.positions_dir)
+                self.deliveries[sink.name] = delivery
+                if self._stopping.is_set():
+                    return
+                delivery.run(until_empty=self._finite.is_set())
+                return
+            except AcctdError as e:
+                if self._told.get(sink.name) != str(e):
+                    log.error("sink %s: %s", sink.name, e)
+                    self._told[sink.name] = str(e)
+            except Exception:
+                log.exception("sink %s failed; it is begun again", sink.name)  # a defect of ours
+            if self._finite.is_set():
+                return
+            self._stopping.wait(_AGAIN)
+
+    def _target(self, sink: InfluxSink | JsonSink) -> Target:
+        """Imported when there is one: the InfluxDB client is half of this process's memory."""
+        if isinstance(sink, InfluxSink):
+            from exporters.influxdb import InfluxTarget
+
+            return InfluxTarget(sink, self._config, self._host, self._environ)
+        from exporters.jsonlines import JsonTarget
+
+        return JsonTarget(sink)
+
+
+def identity(sink: InfluxSink | JsonSink) -> str:
+    """Where a sink leads, without secrets: under another name it is the same one."""
+    if isinstance(sink, InfluxSink):
+        return f"influxdb{sink.version} {sink.url} {sink.org or ''} {sink.bucket} {sink.retention_policy or ''}"
+    return f"json {sink.path or sink.address}"
