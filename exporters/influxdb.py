@@ -1,0 +1,315 @@
+"""One InfluxDB as a target of delivery: a batch of lines in one request, and what the server's answer means.
+
+Versions 2 and 3 through influxdb-client's write API in its SYNCHRONOUS mode, version 1 through urllib3. Keeps no point,
+tries nothing twice and waits for nothing: delivery does. judge() decides between trying again and quarantine.
+"""
+
+import base64
+import gzip
+import json
+import os
+import re
+import ssl
+import time
+from collections.abc import Callable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import urlencode
+
+import urllib3
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NameResolutionError,
+    NewConnectionError,
+    ReadTimeoutError,
+    SSLError,
+)
+
+from acctd import sinks
+from acctd.errors import AcctdError, NotFoundError
+from acctd.frames import STREAMS, Frame
+from acctd.sinks import ExportConfig, InfluxSink
+from exporters.delivery import Item, RefusedError, TooLargeError, UnavailableError
+from exporters.lineprotocol import RECORDS, Lines
+
+_CONNECT_MOST = 5.0  # s; one that is there accepts at once, and the rest of the time-out is for its answer
+_WORDS_MOST = 500  # characters of an answer that are shown
+_COMPRESSION = 1  # the level; higher ones take several times the CPU for a tenth of the bytes
+
+_OF_THE_POINTS = (400, 422)
+_NOT_OF_THE_POINTS = re.compile(
+    # InfluxDB 1: a parameter is missing; the request was cut or garbled on its way; the database takes no new series.
+    r"\b(database is required|(?:missing|invalid|not found).{0,20}\b(?:org|organization|bucket|database|precision)\b"
+    r"|provide either orgID or org|unexpected EOF|gzip|max-\S+ limit exceeded|limit exceeded.*max-"
+    r"|authoriz|credential|retention policy not found|timeout)",
+    re.IGNORECASE,
+)
+_OF_A_LINE_IN_PLAIN_TEXT = re.compile(r"too long line|cannot (?:parse|unmarshal)")
+_DROPPED = re.compile(r"dropped=(\d+)")
+_UNPARSED = re.compile(r"unable to parse '(.*?)': (.*?)(?=\nunable to parse '|(?: dropped=\d+)?\Z)", re.DOTALL)
+
+
+class Answer(NamedTuple):
+    """What a server said; headers' names in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: str
+
+
+class InfluxTarget:
+    """A delivery.Target. Nothing is read or opened before the first send()."""
+
+    streams = STREAMS
+
+    def __init__(self, sink: InfluxSink, export: ExportConfig, host: str, environ: Mapping[str, str]) -> None:
+        self._sink, self._environ = sink, environ
+        self.batch = sink.batch
+        where = [sink.url, sink.org, sink.bucket, sink.retention_policy]
+        if (sink.records_bucket, sink.records_retention_policy) != (sink.bucket, sink.retention_policy):
+            where += [sink.records_bucket, sink.records_retention_policy]
+        self.identity = " ".join([f"influxdb{sink.version}", *(part for part in where if part)])
+        self._lines = Lines(sink, export, host)
+        self._post: Callable[[str, bytes], Answer] | None = None
+        self._release: Callable[[], None] = _nothing
+
+    def encode(self, frame: Frame) -> list[Item]:
+        return self._lines.encode(frame)
+
+    def send(self, to: str, data: Sequence[bytes]) -> None:
+        try:
+            post = self._post or self._connect()
+            answer = post(to, b"\n".join(data))
+        except (AcctdError, HTTPError, OSError, UnicodeError) as e:
+            self.close()
+            raise UnavailableError(f"{self._sink.url}: {_trouble(e, self._sink)}") from e
+        if answer.status == 204 or (answer.status == 200 and not answer.body.strip()):
+            return
+        try:
+            judge(answer, data, self._sink.url)
+        except UnavailableError:
+            # The next attempt takes a new connection, and a token or a certificate that was changed meanwhile.
+            self.close()
+            raise
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """There is nothing to find again."""
+
+    def close(self) -> None:
+        self._release()
+        self._post, self._release = None, _nothing
+
+    def _connect(self) -> Callable[[str, bytes], Answer]:
+        """Read the secrets and make a client. Raises AcctdError, OSError."""
+        sink = self._sink
+        context = self._tls() if sink.url.startswith("https:") else None
+        self._post = self._connect_v1(context) if sink.version == 1 else self._connect_v2(context)
+        return self._post
+
+    def _connect_v1(self, context: ssl.SSLContext | None) -> Callable[[str, bytes], Answer]:
+        sink = self._sink
+        headers = {"Content-Type": "text/plain; charset=utf-8", "Content-Encoding": "gzip"}
+        if sink.user is not None and sink.password_file is not None:
+            password = sinks.secret(f"influxdb.{sink.name}.password_file", sink.password_file, self._environ)
+            headers["Authorization"] = f"Basic {base64.b64encode(f'{sink.user}:{password}'.encode()).decode()}"
+        elif (token := self._token()) is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        pool = urllib3.PoolManager(
+            retries=False,
+            timeout=urllib3.Timeout(connect=self._connect_timeout, read=sink.timeout),
+            ssl_context=context,
+            headers=headers,
+        )
+        self._release = pool.clear
+
+        def post(to: str, body: bytes) -> Answer:
+            policy = sink.records_retention_policy if to == RECORDS else sink.retention_policy
+            query = {"db": sink.bucket, "precision": "ns"} | ({"rp": policy} if policy else {})
+            answer = pool.request(
+                "POST", f"{sink.url}/write?{urlencode(query)}", body=gzip.compress(body, _COMPRESSION), redirect=False
+            )
+            return Answer(answer.status, _lower(answer.headers), answer.data.decode(errors="replace"))
+
+        return post
+
+    def _connect_v2(self, context: ssl.SSLContext | None) -> Callable[[str, bytes], Answer]:
+        # Half a second of CPU, and only for who uses it.
+        from influxdb_client.client.influxdb_client import InfluxDBClient
+        from influxdb_client.client.write_api import SYNCHRONOUS
+        from influxdb_client.rest import ApiException
+
+        sink = self._sink
+        client = InfluxDBClient(
+            url=sink.url,
+            token=self._token() or "",
+            org=sink.org or "",
+            timeout=(round(self._connect_timeout * 1000), round(sink.timeout * 1000)),
+            enable_gzip=True,
+            ssl_context=context,
+            retries=False,
+        )
+        writer = client.write_api(write_options=SYNCHRONOUS)
+        self._release = client.close
+
+        def post(to: str, body: bytes) -> Answer:
+            bucket = sink.records_bucket if to == RECORDS else sink.bucket
+            try:
+                writer.write(bucket, record=body)  # in ns
+            except ApiException as e:
+                if not e.status:  # what the client makes of a TLS error
+                    raise SSLError(e.reason) from e
+                return Answer(e.status, _lower(e.headers or {}), e.body or "")
+            answer = client.api_client.last_response
+            return Answer(answer.status, _lower(answer.getheaders()), answer.data or "")
+
+        return post
+
+    @property
+    def _connect_timeout(self) -> float:
+        return min(self._sink.timeout, _CONNECT_MOST)
+
+    def _token(self) -> str | None:
+        name = self._sink.token_file
+        return sinks.secret(f"influxdb.{self._sink.name}.token_file", name, self._environ) if name else None
+
+    def _tls(self) -> ssl.SSLContext:
+        """With verification, against the system's authorities or the given one. Raises AcctdError, OSError."""
+        name = self._sink.ca_file
+        if name is None:
+            return ssl.create_default_context()
+        path = name if "/" in name else os.path.join(self._environ.get(sinks.CREDENTIALS, ""), name)
+        try:
+            return ssl.create_default_context(cafile=path)
+        except OSError as e:
+            key = f"influxdb.{self._sink.name}.ca_file"
+            words = e.strerror if not isinstance(e, ssl.SSLError) else "it holds no certificate in PEM form"
+            raise NotFoundError(f"{key} {path} cannot be used ({words}); give the authority's certificate") from e
+
+
+def judge(answer: Answer, data: Sequence[bytes], url: str) -> NoReturn:
+    """What an answer that is no success means. Raises RefusedError, TooLargeError or UnavailableError.
+
+    About the points are 400 and 422 of a server that speaks as InfluxDB does, in JSON, unless its words are about the
+    request. An HTML page is a proxy's: it has not asked the database, so it can have nothing against a point, and a
+    sink that waits is better than a spool that goes into quarantine. The same goes for plain text, but that
+    VictoriaMetrics tells of a line in it.
+    """
+    status, words = answer.status, _words(answer)
+    if status == 413:
+        raise TooLargeError(f"{url} answers {status}: {words}")
+    if status in _OF_THE_POINTS:
+        document = _document(answer.body)
+        told = _message(document)
+        if told is not None and not _NOT_OF_THE_POINTS.search(told):
+            raise RefusedError(f"{status} {words}", _bad(document, told, data))
+        if told is None and _OF_A_LINE_IN_PLAIN_TEXT.search(answer.body) and not answer.body.lstrip().startswith("<"):
+            raise RefusedError(f"{status} {words}")
+    raise UnavailableError(f"{url} answers {status}: {words}{_advice(status)}", _retry_after(answer.headers))
+
+
+def _bad(document: Any, told: str, data: Sequence[bytes]) -> dict[int, str] | None:
+    """Which points, where the server tells; None where it does not."""
+    entries = document.get("data")
+    if isinstance(entries, Mapping):
+        entries = [entries]
+    if isinstance(entries, list) and entries:  # InfluxDB 3, which counts lines from 1
+        found = {}
+        for entry in entries:
+            number = entry.get("line_number") if isinstance(entry, Mapping) else None
+            if not isinstance(number, int) or not 1 <= number <= len(data):
+                return None
+            found[number - 1] = str(entry.get("error_message", told))
+        return found
+    if unparsed := _UNPARSED.findall(told):  # 1 and 2, which quote the line
+        numbers = {line.decode(errors="replace"): number for number, line in enumerate(data)}
+        found = {numbers[line]: words for line, words in unparsed if line in numbers}
+        return found or None
+    dropped = _DROPPED.search(told)
+    if dropped and int(dropped[1]) == len(data):
+        return dict.fromkeys(range(len(data)), told)
+    return None
+
+
+def _document(body: str) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
+def _message(document: Any) -> str | None:
+    """`error` is version 1's and 3's, `message` 2's; None for what neither says."""
+    if not isinstance(document, Mapping):
+        return None
+    told = document.get("error") or document.get("message")
+    return told if isinstance(told, str) else None
+
+
+def _words(answer: Answer) -> str:
+    """The server's own, in one line."""
+    told = _message(_document(answer.body)) or answer.headers.get("x-influxdb-error")
+    if told is None:
+        told = re.sub(r"<[^>]*>", " ", answer.body)
+    told = " ".join(told.split())
+    return (told if len(told) <= _WORDS_MOST else f"{told[:_WORDS_MOST]}...") or "nothing more"
+
+
+def _advice(status: int) -> str:
+    if status in (401, 403):
+        return "; see that the token or password is right and may write there"
+    if status == 404:
+        return "; see that the database or bucket exists and that the url is right"
+    if 200 <= status < 300:
+        return "; a database answers a write with 204 and no words, so see that the url is right"
+    if 300 <= status < 400:
+        return "; a redirect is not followed, because the token would go along, so give the url that it leads to"
+    if 400 <= status < 500 and status != 429:
+        return "; see that the url leads to the database itself"
+    return ""
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """s; RFC 9110, 10.2.3: seconds or a date."""
+    text = headers.get("retry-after", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def _trouble(error: Exception, sink: InfluxSink) -> str:
+    """One sentence for what kept a request from being answered."""
+    if isinstance(error, AcctdError):
+        return str(error)
+    if isinstance(error, SSLError | ssl.SSLError):
+        return f"TLS fails ({_plain(error)}); see its certificate, and ca_file"
+    if isinstance(error, NameResolutionError):
+        return "its name is not known; see the url, and the resolver"
+    if isinstance(error, NewConnectionError):
+        return f"it cannot be reached ({_plain(error)}); see that it runs, and the url"
+    if isinstance(error, ConnectTimeoutError):
+        return "nothing accepts a connection there; see that it runs and that no firewall is between"
+    if isinstance(error, ReadTimeoutError | TimeoutError):
+        return f"it did not answer within timeout = {sink.timeout:g} s"
+    if isinstance(error, UnicodeError):
+        return "its answer is no text; see that the url leads to the database itself"
+    return f"the connection broke ({_plain(error)})"
+
+
+def _plain(error: Exception) -> str:
+    """urllib3 begins with a pool's repr."""
+    return " ".join(str(error).rpartition(">: ")[2].split())[:_WORDS_MOST]
+
+
+def _lower(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def _nothing() -> None:
+    """There is nothing to give back."""
