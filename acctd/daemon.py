@@ -15,6 +15,7 @@ from acctd.agent import Agent
 from acctd.alarms import Alarms
 from acctd.books import Books
 from acctd.cgroup.change import change
+from acctd.chirps import Chirps
 from acctd.config import Config
 from acctd.cost import Cost
 from acctd.errands import Errands
@@ -53,6 +54,7 @@ class Daemon:
         self._warden = Warden(agent, self.books, self.news, self.jobs)
         self._errands = Errands(self.news.trouble)
         self._relays = Relays(agent)
+        self.chirps = Chirps(agent, self.jobs, self.news, self._errands, self._set_terms)
         self._ticking = False
         self._outlet = Outlet(agent, self.news, self._errands)
         self.shortages = Alarms(
@@ -312,6 +314,7 @@ class Daemon:
             for inner in family.below(self.jobs, job):
                 await self.finish(inner, Ending(at=inner.row.terms.ended_ns))
             record = self._close(job, ending)
+            self.chirps.finish(job, record)
         finally:
             self._busy.discard(name)
         return record
@@ -368,6 +371,7 @@ class Daemon:
         """Hear of the end of its processes and of its watcher, and read it as often as its starter asked for."""
         terms = job.row.terms
         self._watch_member(job)
+        self.chirps.open(job)
         if terms.watcher is not None:
             self._vigil.watch(job.spec.id, terms.watcher, lambda: self._errands.begin(self._watcher_ended(job)))
         if terms.interval is not None:
@@ -434,7 +438,7 @@ class Daemon:
             with self.cost.measured():
                 await self._read_all()
                 await self._housekeeping()
-            await self._outlet.end_tick(self.jobs, self.cost)
+                await self._outlet.end_tick(self.jobs, self.cost)
         finally:
             self._ticking = False
         return self.cost.last_tick

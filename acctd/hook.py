@@ -1,8 +1,9 @@
 """acctd-hook: what a starter calls. Talks to the agent over its socket; standard library only, so that it starts fast.
 
 One call of it is one call of the agent's; an `exec` is a few. The verbs have procd's names where procd has such an
-operation. Imports nothing of the agent but hookcall.py, for `create` and `limit` hookwishes.py, and for `exec`
-hookexec.py, enter.py and helper.py, which stand apart as it does. Pages: docs/hook.md, docs/exit-codes.md.
+operation. Imports nothing of the agent but hookcall.py, for `create` and `limit` hookwishes.py, for `monitor` and
+`chirp` a module each, and for `exec` hookexec.py, enter.py and helper.py, which stand apart as it does. Pages:
+docs/hook.md, docs/htcondor.md, docs/exit-codes.md.
 """
 
 import os
@@ -320,6 +321,18 @@ def _quit(given: Given) -> int:
     return 0
 
 
+def _monitor(given: Given) -> int:
+    from acctd import hookmonitor
+
+    return hookmonitor.run(given)
+
+
+def _chirp(given: Given) -> int:
+    from acctd import hookchirp
+
+    return hookchirp.run(given)
+
+
 def _exec(given: Given) -> int:
     if not given.command:
         raise hookcall.UsageError("exec needs a command, after --")
@@ -339,7 +352,7 @@ _LIMITS = (
 )  # fmt: skip
 _ISOLATION = ("pid-namespace", "scratch", "chroot", "no-new-privs")
 _OOM = ("oom", "oom-ceiling", "oom-deadline")
-_SEVERAL = {"tag", "class", "scratch", "request"}
+_SEVERAL = {"tag", "class", "scratch", "request", "slot"}
 
 # What stands for the value ("": a flag), and what it means.
 _OPTIONS = {
@@ -380,6 +393,9 @@ _OPTIONS = {
     "exit-signal": ("N", "the signal that ended it"),
     "json": ("", "all of it, as JSON"),
     "classad": ("", "as a ClassAd"),
+    "state": ("PATH", "the file that keeps what was reported"),
+    "metrics": ("LIST", "SUM:NAME,PEAK:NAME,...; names as in usage --classad"),
+    "slot": ("NAME", "report this slot from the start, or several: slot1_1-64; may be given several times"),
 }  # fmt: skip
 
 # What does it, the words it takes, what it does, its options.
@@ -423,6 +439,14 @@ _VERBS = {
     ),
     "list": (_list, "", "One line a job: id, owner, phase, processes, parent.", ()),
     "dump": (_dump, "", "All that is known of every job, as JSON.", ()),
+    "chirp": (
+        _chirp, "[FILE]", "Tell a job's starter by Chirp what the job uses. FILE, its .chirp.config, holds where.",
+        ("job",),
+    ),
+    "monitor": (
+        _monitor, "", "What the jobs of each slot have used since the last report, for condor_startd's cron.",
+        ("state", "metrics", "slot"),
+    ),
     "snapshot": (_snapshot, "", "Read all jobs now.", ()),
     "quit": (_quit, "", "Stop the agent. Jobs go on.", ()),
 }  # fmt: skip

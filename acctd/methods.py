@@ -20,7 +20,7 @@ from acctd.errors import NotFoundError, NotPermittedError, UsageError
 from acctd.job import Ending, Job, lingering
 from acctd.kernel import procs
 from acctd.model import INT64_MAX, JobSpec, Limits, Record, parse_class
-from acctd.rows import Event, Rule, Terms
+from acctd.rows import Event, Proxy, Rule, Terms
 from exporters.classad import format_ad, record_ad
 
 _EVENTS = 1000  # in one answer
@@ -85,6 +85,13 @@ class _Finish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exit_signal: int | None = None
 
 
+class _Chirp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    job: str
+    host: str
+    port: int
+    cookie: str
+
+
 class _Events(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     since: int | None = None
     job: str | None = None
@@ -116,6 +123,7 @@ class Methods:
             "Attach": (_Attach, self._attach),
             "Usage": (_OfJob, self._usage),
             "List": (_Nothing, self._list),
+            "Chirp": (_Chirp, self._chirp),
             "Signal": (_Signal, self._signal),
             "Suspend": (_OfJob, self._suspend),
             "Continue": (_OfJob, self._continue),
@@ -210,7 +218,9 @@ class Methods:
             job = self._own(caller, wanted.job)
         except NotFoundError:
             return _signed(self._own_record(caller, wanted.job))
-        return _signed(await self._daemon.unregister(job))
+        record = await self._daemon.unregister(job)
+        await self._daemon.chirps.settled(job)
+        return _signed(record)
 
     async def _entry(self, caller: Caller, wanted: _OfJob) -> Answer:
         job = self._own(caller, wanted.job)
@@ -332,7 +342,13 @@ class Methods:
             job = self._own(caller, wanted.job)
         except NotFoundError:
             return _signed(self._own_record(caller, wanted.job))
-        return _signed(await self._daemon.finish(job, ending))
+        record = await self._daemon.finish(job, ending)
+        await self._daemon.chirps.settled(job)
+        return _signed(record)
+
+    async def _chirp(self, caller: Caller, wanted: _Chirp) -> Answer:
+        self._daemon.chirps.take(self._own(caller, wanted.job), Proxy(wanted.host, wanted.port, wanted.cookie))
+        return {}
 
     async def _reload_call(self, caller: Caller, _: _Nothing) -> Answer:
         self._must_rule(caller, "reload the configuration")

@@ -3,7 +3,7 @@
 Pure data and its encoding; ledger.py stores it, and a job's cgroups carry a copy of its row.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -42,6 +42,15 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Proxy:
+    """Where a job's starter listens for Chirp. Who has the cookie may change the job's ad: it is told to nobody."""
+
+    host: str
+    port: int
+    cookie: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Terms:
     """On what terms the agent holds a job; condor_procd's words. Processes are named by procs.identity."""
 
@@ -53,6 +62,7 @@ class Terms:
     families: bool = False  # one was ever inside it: from then on it is read so that they are not in its own counts
     run: bool = False  # by an `acctd run`, which alone would have finished it
     moved: bool = False  # the pipe leads into a namespace of the owner's own, see pipe.move
+    chirp: Proxy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +111,8 @@ class OpenJob:
 
 
 def encode_row(row: OpenJob) -> bytes:
-    """A row in one piece, for a place outside the ledger."""
-    return msgspec.json.encode(row, enc_hook=str)
+    """A row in one piece, for a place outside the ledger, where more than root may read it: without the secret."""
+    return msgspec.json.encode(replace(row, terms=replace(row.terms, chirp=None)), enc_hook=str)
 
 
 def decode_row(text: bytes) -> OpenJob:

@@ -116,6 +116,10 @@ method Attach(job: string, pid: ?int) -> ()
 method Usage(job: string) -> (job: Job, classad: string)
 method List() -> (jobs: []Job)
 
+# Where the job's starter listens for Chirp, as it says itself in the job's .chirp.config: an address of this host. From
+# now on it is told what the job uses, and at the end. Nobody is told the cookie.
+method Chirp(job: string, host: string, port: int, cookie: string) -> ()
+
 # Act on every process of a job.
 method Signal(job: string, signal: int) -> (pids: []int)
 method Suspend(job: string) -> ()

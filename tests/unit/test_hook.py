@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from acctd import hook, hookcall, hookexec
 
 REPO = Path(__file__).parents[2]
-_FILES = ("__init__", "hook", "hookcall", "hookwishes", "hookexec", "enter", "helper", "isolate")
+_FILES = (
+    "__init__", "hook", "hookcall", "hookchirp", "hookmonitor", "hookwishes", "hookexec", "enter", "helper", "isolate",
+)  # fmt: skip
 
 
 @dataclass

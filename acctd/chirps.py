@@ -1,0 +1,97 @@
+"""Telling starters what their jobs have used, by Chirp: at once, every few minutes, and when a job is finished.
+
+On the agent's event loop, beside the ticks: a starter that is gone, or does not answer, holds up no job. How it is said
+is exporters/chirp.py's. Where a starter listens stands in the job's row, for the next agent.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+from acctd import views
+from acctd.agent import Agent
+from acctd.errands import Errands
+from acctd.errors import UsageError
+from acctd.job import Job
+from acctd.model import Record
+from acctd.news import News
+from acctd.rows import Proxy, Terms
+from exporters import chirp
+
+INTERVAL = 300.0
+"""s between two updates. A starter passes them on about as often: STARTER_UPDATE_INTERVAL."""
+
+_PATIENCE = 10.0  # s for one update
+_LAST_PATIENCE = 2.0  # s for the last one, which whoever finishes the job waits for
+_AT_A_TIME = 8
+
+
+class Chirps:
+    """One agent's."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        jobs: Mapping[str, Job],
+        news: News,
+        errands: Errands,
+        set_terms: Callable[[Job, Terms], None],
+    ) -> None:
+        self._agent, self._jobs, self._news, self._errands = agent, jobs, news, errands
+        self._set_terms = set_terms
+        self._few = asyncio.Semaphore(_AT_A_TIME)
+        self._last: dict[str, asyncio.Event] = {}  # set once the last update of a job has been tried
+
+    def take(self, job: Job, proxy: Proxy) -> None:
+        """Tell this starter from now on, and no other. Raises UsageError for one that must not be connected to."""
+        self._set_terms(job, replace(job.row.terms, chirp=chirp.checked(proxy)))
+        self._errands.begin(self._go_on(job, proxy, 0.0), job)
+
+    def open(self, job: Job) -> None:
+        """Go on with a job that an earlier agent held; not with all of them at one time."""
+        if (proxy := job.row.terms.chirp) is not None:
+            self._errands.begin(self._go_on(job, proxy, job.row.seq % INTERVAL), job)
+
+    def finish(self, job: Job, record: Record) -> None:
+        """Tell what a job's record says, while its starter still listens; settled() waits for that."""
+        if (proxy := job.row.terms.chirp) is not None:
+            self._last[job.spec.id] = asyncio.Event()
+            self._errands.begin(self._tell_last(job, proxy, record))
+
+    async def settled(self, job: Job) -> None:
+        """Wait until the last update has been answered, or given up; for a bounded time, whatever becomes of it."""
+        if (done := self._last.get(job.spec.id)) is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), _LAST_PATIENCE + 1)
+
+    async def _go_on(self, job: Job, proxy: Proxy, pause: float) -> None:
+        while True:
+            await asyncio.sleep(pause)
+            if job.row.terms.chirp is not proxy:
+                return  # another one has its place, or it is not worth trying
+            record = views.interim(self._agent, self._jobs, job)
+            async with self._few:
+                await self._tell(job, proxy, record, _PATIENCE)
+            pause = INTERVAL
+
+    async def _tell_last(self, job: Job, proxy: Proxy, record: Record) -> None:
+        done = self._last[job.spec.id]
+        try:
+            await self._tell(job, proxy, record, _LAST_PATIENCE)
+        finally:
+            done.set()
+            if self._last.get(job.spec.id) is done:
+                del self._last[job.spec.id]
+
+    async def _tell(self, job: Job, proxy: Proxy, record: Record, patience: float) -> None:
+        try:
+            refused = await chirp.send(proxy, chirp.attributes(record), patience)
+        except (chirp.ChirpError, UsageError) as e:
+            self._news.trouble(job, f"no Chirp update: {e}")
+            final = isinstance(e, UsageError) or e.final
+            if final and self._jobs.get(job.spec.id) is job and job.row.terms.chirp is proxy:
+                self._set_terms(job, replace(job.row.terms, chirp=None))
+            return
+        if refused:
+            self._news.trouble(job, f"its starter does not let through what is sent by Chirp: {', '.join(refused)}")
