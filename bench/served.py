@@ -156,6 +156,16 @@ class Served:
         """The agent's ledger, opened beside it; a context manager."""
         return Ledger(self.directory / "state" / FILE)
 
+    def configure(self, more: str) -> None:
+        """Add some TOML to the configuration that it began with, in place of what was added before; it is in force."""
+        self._configure(more)
+        self.call("Reload")
+
+    @property
+    def config(self) -> Path:
+        """The configuration file."""
+        return self.directory / "acctd.toml"
+
     def log(self) -> str:
         return (self.directory / "log").read_text()
 
@@ -174,18 +184,17 @@ class Served:
                 with sleeper.stdin as told:
                     told.write(b"\n")
 
-    def _configure(self) -> None:
+    def _configure(self, more: str = "") -> None:
         backend, interval = self._settings
-        self._config = self.directory / "acctd.toml"
-        self._config.write_text(
+        self.config.write_text(
             f'state_dir = "{self.directory}/state"\nruntime_dir = "{self.directory}/run"\nsocket = "{self.socket}"\n'
-            f'poll_interval = {interval}\n[cgroup]\nbase = "{self.base}"\n[network]\nbackend = "{backend}"\n'
+            f'poll_interval = {interval}\n[cgroup]\nbase = "{self.base}"\n[network]\nbackend = "{backend}"\n{more}'
         )
 
     def _start(self) -> None:
         unwanted = ("NOTIFY_SOCKET", "JOURNAL_STREAM", "WATCHDOG_USEC")
         environ = {key: value for key, value in os.environ.items() if key not in unwanted}
-        environ |= {"ACCTD_CONFIG": str(self._config), "PYTHONPATH": str(REPO)}
+        environ |= {"ACCTD_CONFIG": str(self.config), "PYTHONPATH": str(REPO)}
         with open(self.directory / "log", "wb") as log:
             # As installed: PYTHONDEVMODE and the like of whoever benchmarks are not the agent's cost.
             self._agent = self.popen([sys.executable, *self._program, "serve"], env=environ, stderr=log)
