@@ -1,0 +1,230 @@
+"""Frames as lines of JSON, for any log shipper: into a file that is rotated here, or over a stream socket.
+
+A line is the frame as it was in the spool, a record's body byte for byte as it was signed, with the time in words
+before it. A file has each line exactly once, whoever is killed when: what was written after the stored position is cut
+off, and written again. So nobody else may write to it. A socket cannot be cut: where a connection breaks, what was on
+its way comes a second time.
+"""
+
+import fcntl
+import os
+import socket
+import struct
+import termios
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from acctd.frames import EventFrame, Frame, Mark, encode
+from acctd.sinks import JsonSink
+from exporters.delivery import Item, UnavailableError
+
+BATCH = 1024  # lines
+_TIMEOUT = 10.0  # s for a receiver to take a batch
+_PAUSE = 0.002  # s between two looks at whether it has, at first
+_MODE = 0o640
+
+
+class JsonTarget:
+    """One sink; delivery.Target."""
+
+    batch = BATCH
+
+    def __init__(self, sink: JsonSink) -> None:
+        self.identity = f"json {sink.path or sink.address}"
+        self.streams: tuple[str, ...] = sink.streams
+        self._to: _File | _Socket
+        if sink.path is not None:
+            self._to = _File(sink.path, sink.rotate, sink.keep)
+        elif sink.address is not None:
+            self._to = _Socket(sink.address)
+
+    def encode(self, frame: Frame) -> list[Item]:
+        """One line; none of a mark, which is between acctd and itself."""
+        if isinstance(frame, Mark):
+            return []
+        ns = round(frame.time * 10**6) * 1000 if isinstance(frame, EventFrame) else frame.time
+        at = datetime.fromtimestamp(ns // 10**9, UTC).replace(microsecond=ns % 10**9 // 1000)
+        head = f'{{"at":"{at.isoformat(timespec="microseconds").removesuffix("+00:00")}Z",'
+        return [Item("", head.encode() + encode(frame)[1:])]
+
+    def send(self, to: str, data: Sequence[bytes]) -> None:
+        """Raises UnavailableError where the disk or the receiver does not take it."""
+        self._to.send(b"\n".join(data) + b"\n")
+
+    def state(self) -> dict[str, Any]:
+        """Of a file which one it is, and its size."""
+        return self._to.state()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Cut off what was written after the state was stored."""
+        self._to.resume(state)
+
+    def close(self) -> None:
+        self._to.close()
+
+
+class _File:
+    """A file and the older ones beside it: NAME.1 is the newest of them."""
+
+    def __init__(self, path: Path, rotate: int, keep: int) -> None:
+        self._path, self._rotate, self._keep = path, rotate, keep
+        self._fd: int | None = None
+
+    def send(self, data: bytes) -> None:
+        try:
+            self._prune()
+            fd = self._opened()
+            size = os.fstat(fd).st_size
+            if size and size + len(data) > self._rotate:
+                # Once a batch at most, so that resume() need look for what was the file in one more place only.
+                self._shift()
+                fd, size = self._opened(), 0
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(fd, view) :]
+                os.fdatasync(fd)
+            except OSError:
+                os.ftruncate(fd, size)  # a full disk takes the beginning
+                raise
+        except OSError as e:
+            raise UnavailableError(f"cannot write {self._path} ({e.strerror})") from e
+
+    def state(self) -> dict[str, Any]:
+        if self._fd is None:
+            return {}
+        found = os.fstat(self._fd)
+        return {"device": found.st_dev, "inode": found.st_ino, "size": found.st_size}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        with suppress(OSError):  # send() will say what is wrong, again and again
+            if state and not self._cut(self._path, state) and self._cut(self._older(1), state):
+                # It was rotated for a batch that was never stored as done; what is in the new one is that batch.
+                os.truncate(self._path, 0)
+            self._opened()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _cut(self, path: Path, state: Mapping[str, Any]) -> bool:
+        """Whether it is the file that was written, which ends then where it did."""
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        try:
+            found = os.fstat(fd)
+            if (found.st_dev, found.st_ino) != (state.get("device"), state.get("inode")):
+                return False
+            if found.st_size > state["size"]:  # a smaller one was emptied by somebody; it is gone on with
+                os.ftruncate(fd, state["size"])
+            return True
+        finally:
+            os.close(fd)
+
+    def _opened(self) -> int:
+        """The file that has the name; a new one where the old one was moved away."""
+        if self._fd is not None:
+            try:
+                there, mine = os.stat(self._path, follow_symlinks=False), os.fstat(self._fd)
+                if (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+                    return self._fd
+            except FileNotFoundError:
+                pass
+            self.close()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(self._path, flags, _MODE)
+        return self._fd
+
+    def _shift(self) -> None:
+        """NAME becomes NAME.1, and so on up to the first number that is free."""
+        free = 1
+        while self._older(free).exists():
+            free += 1
+        for number in range(free, 0, -1):
+            os.rename(self._older(number - 1), self._older(number))
+
+    def _prune(self) -> None:
+        """Remove those above `keep`; only now, when the batch for which it was rotated is done."""
+        number = self._keep + 1
+        while self._older(number).exists():
+            number += 1
+        while (number := number - 1) > self._keep:
+            os.unlink(self._older(number))
+
+    def _older(self, number: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.{number}") if number else self._path
+
+
+class _Socket:
+    """A receiver of lines. It never answers; a batch is done when its kernel, or itself on this host, has all of it."""
+
+    def __init__(self, address: str | tuple[str, int]) -> None:
+        self._address = address
+        self._connection: socket.socket | None = None
+
+    def send(self, data: bytes) -> None:
+        try:
+            connection = self._connected()
+            deadline = time.monotonic() + _TIMEOUT
+            connection.sendall(data)
+            pause = _PAUSE
+            while _unread(connection):
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(0, "it does not read")
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
+            if _hung_up(connection):
+                raise ConnectionResetError(0, "it closed the connection")
+        except OSError as e:
+            self.close()
+            raise UnavailableError(f"{self._address} does not take lines ({e.strerror or e})") from e
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """There is nothing that could be taken back."""
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connected(self) -> socket.socket:
+        if self._connection is not None and _hung_up(self._connection):
+            self.close()
+        if self._connection is None:
+            if isinstance(self._address, str):
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                connection.settimeout(_TIMEOUT)
+                try:
+                    connection.connect(self._address)
+                except OSError:
+                    connection.close()
+                    raise
+            else:
+                connection = socket.create_connection(self._address, _TIMEOUT)
+            self._connection = connection
+        return self._connection
+
+
+def _unread(connection: socket.socket) -> int:
+    """Bytes under way: of TCP those not acknowledged, of a unix socket what was not read. tcp(7), unix(7): SIOCOUTQ."""
+    answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4)
+    return int(struct.unpack("i", answer)[0])
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    """Whether the receiver has closed it; what it may have said is thrown away."""
+    with suppress(BlockingIOError):
+        while data := connection.recv(4096, socket.MSG_DONTWAIT):
+            del data
+        return True
+    return False
