@@ -39,13 +39,12 @@ _COMPRESSION = 1  # the level; higher ones take several times the CPU for a tent
 
 _OF_THE_POINTS = (400, 422)
 _NOT_OF_THE_POINTS = re.compile(
-    # InfluxDB 1: a parameter is missing; the request was cut or garbled on its way; the database takes no new series.
-    r"\b(database is required|(?:missing|invalid|not found).{0,20}\b(?:org|organization|bucket|database|precision)\b"
-    r"|provide either orgID or org|unexpected EOF|gzip|max-\S+ limit exceeded|limit exceeded.*max-"
-    r"|authoriz|credential|retention policy not found|timeout)",
+    # A parameter is wrong or missing; the request was garbled on its way; the database takes no new series or column.
+    r"database is required|bucket not found|orgID|\bdb name|database or rp name|retention policy not found|precision"
+    r"|unexpected EOF|unable to read data|gzip|authoriz|limit exceeded|would exceed",
     re.IGNORECASE,
 )
-_OF_A_LINE_IN_PLAIN_TEXT = re.compile(r"too long line|cannot (?:parse|unmarshal)")
+_OF_A_LINE_IN_PLAIN_TEXT = re.compile(r"too long line|failed to parse line protocol")
 _DROPPED = re.compile(r"dropped=(\d+)")
 _UNPARSED = re.compile(r"unable to parse '(.*?)': (.*?)(?=\nunable to parse '|(?: dropped=\d+)?\Z)", re.DOTALL)
 
@@ -195,8 +194,9 @@ def judge(answer: Answer, data: Sequence[bytes], url: str) -> NoReturn:
 
     About the points are 400 and 422 of a server that speaks as InfluxDB does, in JSON, unless its words are about the
     request. An HTML page is a proxy's: it has not asked the database, so it can have nothing against a point, and a
-    sink that waits is better than a spool that goes into quarantine. The same goes for plain text, but that
-    VictoriaMetrics tells of a line in it.
+    sink that waits is better than a spool that goes into quarantine. The same goes for plain text, unless it says that
+    a line is at fault, as VictoriaMetrics does of one that is too long. A database that has as many series or columns
+    as it may will take the point once its limit is raised.
     """
     status, words = answer.status, _words(answer)
     if status == 413:
@@ -204,7 +204,7 @@ def judge(answer: Answer, data: Sequence[bytes], url: str) -> NoReturn:
     if status in _OF_THE_POINTS:
         document = _document(answer.body)
         told = _message(document)
-        if told is not None and not _NOT_OF_THE_POINTS.search(told):
+        if told is not None and not _of_the_request(told, document):
             raise RefusedError(f"{status} {words}", _bad(document, told, data))
         if told is None and _OF_A_LINE_IN_PLAIN_TEXT.search(answer.body) and not answer.body.lstrip().startswith("<"):
             raise RefusedError(f"{status} {words}")
@@ -213,17 +213,10 @@ def judge(answer: Answer, data: Sequence[bytes], url: str) -> NoReturn:
 
 def _bad(document: Any, told: str, data: Sequence[bytes]) -> dict[int, str] | None:
     """Which points, where the server tells; None where it does not."""
-    entries = document.get("data")
-    if isinstance(entries, Mapping):
-        entries = [entries]
-    if isinstance(entries, list) and entries:  # InfluxDB 3, which counts lines from 1
-        found = {}
-        for entry in entries:
-            number = entry.get("line_number") if isinstance(entry, Mapping) else None
-            if not isinstance(number, int) or not 1 <= number <= len(data):
-                return None
-            found[number - 1] = str(entry.get("error_message", told))
-        return found
+    if entries := _entries(document):
+        if all(isinstance(number, int) and 1 <= number <= len(data) for number, _ in entries):
+            return {number - 1: words for number, words in entries}
+        return None
     if unparsed := _UNPARSED.findall(told):  # 1 and 2, which quote the line
         numbers = {line.decode(errors="replace"): number for number, line in enumerate(data)}
         found = {numbers[line]: words for line, words in unparsed if line in numbers}
@@ -232,6 +225,20 @@ def _bad(document: Any, told: str, data: Sequence[bytes]) -> dict[int, str] | No
     if dropped and int(dropped[1]) == len(data):
         return dict.fromkeys(range(len(data)), told)
     return None
+
+
+def _of_the_request(told: str, document: Any) -> bool:
+    """Whether the words are about something else than points. A line that they quote may hold any word."""
+    if _UNPARSED.search(told):
+        return False
+    return any(_NOT_OF_THE_POINTS.search(words) for words in (told, *(words for _, words in _entries(document))))
+
+
+def _entries(document: Any) -> list[tuple[Any, str]]:
+    """Line numbers, from 1 on, and words: of InfluxDB 3, which gives a list of some, or one by itself."""
+    entries = document.get("data")
+    entries = entries if isinstance(entries, list) else [entries]
+    return [(e.get("line_number"), str(e.get("error_message"))) for e in entries if isinstance(e, Mapping)]
 
 
 def _document(body: str) -> Any:
@@ -267,7 +274,7 @@ def _advice(status: int) -> str:
         return "; a database answers a write with 204 and no words, so see that the url is right"
     if 300 <= status < 400:
         return "; a redirect is not followed, because the token would go along, so give the url that it leads to"
-    if 400 <= status < 500 and status != 429:
+    if 400 <= status < 500 and status not in (408, 429):
         return "; see that the url leads to the database itself"
     return ""
 
