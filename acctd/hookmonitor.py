@@ -136,7 +136,8 @@ def _ad(slot: str, metrics: "Sequence[Metric]", sums: "Mapping[str, Number] | No
             value = None if job is None else job.numbers.get(name.lower())
             attribute = f"Uptime{name}PeakUsage"
         if value is not None:
-            lines.append(f"{attribute} = {value!r}")
+            # An integer above that is read as 0.
+            lines.append(f"{attribute} = {value if value < 1 << 63 else float(value)!r}")
     return "".join(f"{line}\n" for line in (*lines, f"- {slot}"))
 
 
