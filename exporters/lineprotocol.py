@@ -130,7 +130,7 @@ def _item(to: str, head: str, fields: Iterable[str], time: int) -> Item:
 
 def _points(tags: str, job: str, totals: State, stacked: tuple[str, ...], time: int) -> list[Item]:
     """One point a measurement, and a device, mount or rule."""
-    series: dict[str, list[str]] = {}
+    series: dict[tuple[str, str], list[str]] = {}
     for name, values in totals.items():
         if (place := _places(name)) is None:
             continue
@@ -138,12 +138,15 @@ def _points(tags: str, job: str, totals: State, stacked: tuple[str, ...], time: 
         for label, value in values.items():
             if value > INT64_MAX or (label and label in stacked):
                 continue
-            head = measurement + tags + _label_tags(measurement, label)
-            if head in series:
-                series[head].append(f"{field}={value}i")
+            at = measurement, label
+            if at in series:
+                series[at].append(f"{field}={value}i")
             else:
-                series[head] = [f"{field}={value}i"]
-    return [_item(SAMPLES, f"{head} {job}", fields, time) for head, fields in series.items()]
+                series[at] = [f"{field}={value}i"]
+    return [
+        _item(SAMPLES, f"{measurement}{tags}{_label_tags(measurement, label)} {job}", fields, time)
+        for (measurement, label), fields in series.items()
+    ]
 
 
 @lru_cache

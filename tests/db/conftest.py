@@ -98,11 +98,18 @@ class Server:
 
 
 class Influx1(Server):
-    """influxd 1.6. Has the database `acctd` with the retention policies `weeks` (the default) and `years`."""
+    """influxd 1.6. Has the database `acctd` with the retention policies `weeks` (the default) and `years`.
+
+    `data` and `http` are lines for these sections of its configuration; `user` is whom its own queries are made by.
+    """
 
     binary = "influxd"
     ready = "/ping"
     database = "acctd"
+
+    def __init__(self, directory: Path, data: str = "", http: str = "", user: tuple[str, str] | None = None) -> None:
+        super().__init__(directory)
+        self.data, self.http, self.user = data, http, user
 
     def argv(self) -> Sequence[str]:
         path = self.directory / "influxdb.conf"
@@ -116,17 +123,22 @@ class Influx1(Server):
             dir = "{self.directory}/data"
             wal-dir = "{self.directory}/wal"
             query-log-enabled = false
+            {self.data}
             [monitor]
             store-enabled = false
             [http]
             bind-address = "127.0.0.1:{self.port}"
             log-enabled = false
+            {self.http}
             """
         )
         return ["-config", str(path)]
 
     def start(self) -> None:
         super().start()
+        if self.user is not None:
+            name, word = self.user
+            self.query(f"CREATE USER {name} WITH PASSWORD '{word}' WITH ALL PRIVILEGES", post=True)
         self.query(f'CREATE DATABASE "{self.database}" WITH NAME "weeks"', post=True)
         self.query(f'CREATE RETENTION POLICY "years" ON "{self.database}" DURATION INF REPLICATION 1', post=True)
 
@@ -136,7 +148,8 @@ class Influx1(Server):
     def query(self, text: str, *, post: bool = False) -> list[dict[str, Any]]:
         """InfluxQL: the rows as dictionaries, times in ns, tags of GROUP BY and `name` among the columns."""
         ask = self.post if post else self.get
-        answer = ask("/query", q=text, db=self.database, epoch="ns")
+        by = dict(zip(("u", "p"), self.user, strict=True)) if self.user is not None else {}
+        answer = ask("/query", q=text, db=self.database, epoch="ns", **by)
         document = json.loads(answer.data)
         found: list[dict[str, Any]] = []
         for result in document.get("results", [document]):
@@ -182,7 +195,7 @@ class VictoriaMetrics(Server):
     def export(self, match: str) -> list[dict[str, Any]]:
         """All samples as stored: a list of {"metric": labels, "values": [...], "timestamps": [ms, ...]}."""
         self.flush()
-        answer = self.get("/api/v1/export", **{"match[]": match, "reduce_mem_usage": "0"})
+        answer = self.get("/api/v1/export", **{"match[]": match, "start": "0", "end": "4102444800"})
         if answer.status != 200:
             raise RuntimeError(f"{match}: {answer.data.decode()}")
         return [json.loads(line) for line in answer.data.splitlines()]
