@@ -73,9 +73,17 @@ class Item(NamedTuple):
 class Target(Protocol):
     """Where one sink leads. All but encode() may block; a sink has a thread of its own."""
 
-    identity: str  # where it leads, without secrets
-    streams: tuple[str, ...]  # what it takes of the spool
-    batch: int  # points a request at most
+    @property
+    def identity(self) -> str:
+        """Where it leads, without secrets."""
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """What it takes of the spool."""
+
+    @property
+    def batch(self) -> int:
+        """Points a request at most."""
 
     def encode(self, frame: Frame) -> list[Item]:
         """What a frame is there; none for what means nothing to it. UsageError for what it cannot express."""
@@ -126,6 +134,7 @@ class Delivery:
             self._finite.set()
         try:
             self._target.resume(self._state.target)
+            self._state.target = self._target.state()  # what the first batch of all begins with
             self._patiently(self._cut_quarantine)
             self._store()  # the agent sees from now on that this sink wants what there is
             while not self._stop.is_set():

@@ -4,7 +4,9 @@ Written by `acctd export`, read by the agent (which removes what all have read) 
 sink that was renamed in the configuration takes its file along; that of one that was taken out stays, should it return.
 """
 
+import errno
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from acctd.frames import STREAMS
 from acctd.spool import Position
 
 _SUFFIX = ".json"
+_BYTES_MOST = 2**20
 
 
 class Counts(msgspec.Struct):
@@ -46,7 +49,7 @@ def load(directory: Path, name: str) -> State | None:
     """None where there is none. Raises AcctdError for one that cannot be read: a sink must not begin anew unasked."""
     path = directory / f"{name}{_SUFFIX}"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=State)
+        return msgspec.json.decode(_content(path), type=State)
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, UnicodeDecodeError) as e:
@@ -56,6 +59,16 @@ def load(directory: Path, name: str) -> State | None:
     except OSError as e:
         kind = NotPermittedError if isinstance(e, PermissionError) else AcctdError
         raise kind(f"the position {path} cannot be read ({e.strerror}); see its owner and mode") from e
+
+
+def _content(path: Path) -> bytes:
+    """The agent, which is root, reads what a user of lesser rights may have put here. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb", buffering=0) as stream:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _BYTES_MOST:
+            raise OSError(errno.EINVAL, f"it is no file of at most {_BYTES_MOST} bytes")
+        return stream.read(_BYTES_MOST)
 
 
 def store(directory: Path, name: str, state: State) -> None:

@@ -301,6 +301,22 @@ def test_backlog_is_what_is_not_read(site):
     assert 0 < s.sink().backlog() < 100
 
 
+def test_what_the_first_batch_begins_with_is_stored_before_it(site):
+    """Else a file that was appended to could not be cut, should the first batch be the last."""
+
+    class File(Target):
+        def resume(self, state):
+            self.memory = {"size": state.get("size", 17)}
+
+    s = site()
+    s.target = File()
+    s.event("a")
+    s.target.answers = [dies_after]
+    s.deliver()
+    assert s.stored.target == {"size": 17}
+    assert s.stored.positions[EVENTS].number == 0
+
+
 def test_the_targets_own_memory_goes_with_the_position(site):
     s = site(batch=8)
     s.event(*"abc")
@@ -513,6 +529,20 @@ def test_stop_ends_a_wait_at_once(site, answers):
     s.target.otherwise = None
     s.deliver()
     assert s.target.kept == (points("a") if answers else {})
+
+
+def test_end_when_empty_ends_one_that_waits_and_leaves_nothing(site):
+    """A real wait: lines that were there before the word are delivered, however soon it comes."""
+    s = site(batch=8)
+    for round_ in range(5):
+        sink = Delivery("sink", s.target, s.spool, s.at)
+        thread = threading.Thread(target=sink.run)
+        thread.start()
+        s.event("a", "b", "c")
+        sink.end_when_empty()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert len(s.target.kept) == 3 * (round_ + 1)
 
 
 def test_until_empty_ends_when_it_is_and_takes_what_came_meanwhile(site):

@@ -3,6 +3,7 @@
 import itertools
 import os
 import resource
+import socket
 
 import pytest
 
@@ -51,10 +52,25 @@ def test_a_damaged_one_is_not_taken_for_a_new_sink(tmp_path, data):
         positions.load(tmp_path, "a")
 
 
-def test_one_that_cannot_be_read_says_why(tmp_path):
-    (tmp_path / "a.json").mkdir()
-    with pytest.raises(AcctdError, match="cannot be read"):
+@pytest.mark.parametrize("kind", ["directory", "fifo", "symlink", "socket", "huge"])
+def test_what_is_no_file_of_ours_neither_hangs_nor_misleads_the_agent(tmp_path, kind):
+    """Who runs as root reads a directory of who does not."""
+    path = tmp_path / "a.json"
+    positions.store(tmp_path, "elsewhere", state(samples=10**9))
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "symlink":
+        path.symlink_to(tmp_path / "elsewhere.json")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(path))
+    else:
+        path.write_bytes(b" " * 2**20 + (tmp_path / "elsewhere.json").read_bytes())
+    with pytest.raises(AcctdError, match=rf"the position {path} cannot be read"):
         positions.load(tmp_path, "a")
+    assert positions.consumed(tmp_path, ["a"]) is None
 
 
 def test_a_full_disk_leaves_the_old_one_and_nothing_beside_it(tmp_path):
