@@ -8,13 +8,18 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from acctd.errors import AcctdError
 from acctd.frames import STREAMS
-from acctd.sinks import ExportConfig, InfluxSink, JsonSink
+from acctd.sinks import ExportConfig, InfluxSink, JsonSink, PrometheusSink
 from acctd.spool import size
 from exporters import positions
 from exporters.delivery import Delivery, Target, check_directory
+
+if TYPE_CHECKING:
+    from exporters.follow import Follower
+    from exporters.scrape import Scrape
 
 _AGAIN = 10.0  # s until a sink that could not be begun is begun again
 
@@ -33,8 +38,9 @@ class Exporter:
         self.deliveries: dict[str, Delivery] = {}
         """The sinks that are at work, by name."""
         self._told: dict[str, str] = {}  # why a sink could not be begun
+        self._scraped: tuple[Follower, Scrape] | None = None
         check_directory(config.positions_dir)
-        for old, new in positions.adopt(config.positions_dir, {s.name: identity(s) for s in self._sinks()}):
+        for old, new in positions.adopt(config.positions_dir, {s.name: s.identity for s in self._sinks()}):
             log.info("sink %s goes on where it was as %s", new, old)
 
     def __enter__(self) -> "Exporter":
@@ -44,13 +50,18 @@ class Exporter:
         self.stop()
 
     def start(self, *, until_empty: bool = False) -> None:
-        """Begin all sinks; with `until_empty` each ends once it has delivered what there is."""
+        """Begin all sinks; with `until_empty` each ends once it has delivered what there is, and nothing is served.
+
+        Raises UsageError, InUseError or NotPermittedError where /metrics cannot be served.
+        """
         if until_empty:
             self.end_when_empty()
         for sink in self._sinks():
             thread = threading.Thread(target=self._run, args=(sink,), name=f"sink {sink.name}")
             self._threads.append(thread)
             thread.start()
+        if self._config.prometheus is not None and not until_empty:
+            self._serve(self._config.prometheus)
 
     def end_when_empty(self) -> None:
         """Nothing more will be written: let each sink end once it has delivered what there is."""
@@ -58,11 +69,16 @@ class Exporter:
         for delivery in list(self.deliveries.values()):
             delivery.end_when_empty()
 
-    def join(self, timeout: float | None = None) -> None:
-        """Wait until all sinks have ended, or for some seconds."""
+    def sent(self) -> int:
+        """Points that were accepted, of all sinks together."""
+        return sum(delivery.numbers().counts.sent for delivery in self.deliveries.values())
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until all sinks have ended, or for some seconds; whether they have."""
         deadline = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def backlog(self) -> int:
         """Bytes that a sink has not read; a sink that could not be begun has read nothing."""
@@ -79,9 +95,25 @@ class Exporter:
     def stop(self) -> None:
         """End all. A request under way is waited for, as long as its sink's timeout lets it."""
         self._stopping.set()
+        if self._scraped is not None:
+            for each in self._scraped:
+                each.close()
         for delivery in list(self.deliveries.values()):
             delivery.stop()
         self.join()
+
+    def _serve(self, sink: PrometheusSink) -> None:
+        from exporters.board import Board
+        from exporters.follow import Follower
+        from exporters.prometheus import Exposition
+        from exporters.scrape import Scrape
+
+        board = Board(grace=sink.grace, scheduler=self._config.scheduler)
+        follower = Follower(board, self._config.spool_dir)
+        scrape = Scrape(sink, Exposition(board, self._config.cluster, self.deliveries).render)
+        log.info("serving %s", scrape.start())
+        follower.start()
+        self._scraped = follower, scrape
 
     def _sinks(self) -> tuple[InfluxSink | JsonSink, ...]:
         return (*self._config.influxdb, *self._config.json)
@@ -114,10 +146,3 @@ class Exporter:
         from exporters.jsonlines import JsonTarget
 
         return JsonTarget(sink)
-
-
-def identity(sink: InfluxSink | JsonSink) -> str:
-    """Where a sink leads, without secrets: under another name it is the same one."""
-    if isinstance(sink, InfluxSink):
-        return f"influxdb{sink.version} {sink.url} {sink.org or ''} {sink.bucket} {sink.retention_policy or ''}"
-    return f"json {sink.path or sink.address}"

@@ -41,6 +41,14 @@ class InfluxSink:
     batch: int = 5000  # points a request
     timeout: float = 10.0  # s
 
+    @property
+    def identity(self) -> str:
+        """Where it leads, without secrets: under another name it is the same one."""
+        where = [self.url, self.org, self.bucket, self.retention_policy]
+        if (self.records_bucket, self.records_retention_policy) != (self.bucket, self.retention_policy):
+            where += [self.records_bucket, self.records_retention_policy]
+        return " ".join([f"influxdb{self.version}", *(part for part in where if part)])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JsonSink:
@@ -52,6 +60,11 @@ class JsonSink:
     streams: tuple[Stream, ...] = ("records", "events")
     rotate: int = 100 * 2**20  # bytes
     keep: int = 10  # rotated files
+
+    @property
+    def identity(self) -> str:
+        """Where it leads: under another name it is the same one."""
+        return f"json {self.path or self.address}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

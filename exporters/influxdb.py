@@ -7,6 +7,7 @@ tries nothing twice and waits for nothing: delivery does. judge() decides betwee
 import base64
 import gzip
 import json
+import logging
 import os
 import re
 import ssl
@@ -65,10 +66,7 @@ class InfluxTarget:
     def __init__(self, sink: InfluxSink, export: ExportConfig, host: str, environ: Mapping[str, str]) -> None:
         self._sink, self._environ = sink, environ
         self.batch = sink.batch
-        where = [sink.url, sink.org, sink.bucket, sink.retention_policy]
-        if (sink.records_bucket, sink.records_retention_policy) != (sink.bucket, sink.retention_policy):
-            where += [sink.records_bucket, sink.records_retention_policy]
-        self.identity = " ".join([f"influxdb{sink.version}", *(part for part in where if part)])
+        self.identity = sink.identity
         self._lines = Lines(sink, export, host)
         self._post: Callable[[str, bytes], Answer] | None = None
         self._release: Callable[[], None] = _nothing
@@ -156,12 +154,16 @@ class InfluxTarget:
 
         def post(to: str, body: bytes) -> Answer:
             bucket = sink.records_bucket if to == RECORDS else sink.bucket
+            handlers = logging.root.handlers[:]
             try:
                 writer.write(bucket, record=body)  # in ns
             except ApiException as e:
                 if not e.status:  # what the client makes of a TLS error
                     raise SSLError(e.reason) from e
                 return Answer(e.status, _lower(e.headers or {}), e.body or "")
+            finally:
+                # Where nobody has set up logging, its logging.debug() does, and acctd's own words would be there twice.
+                logging.root.handlers[:] = handlers
             answer = client.api_client.last_response
             return Answer(answer.status, _lower(answer.getheaders()), answer.data or "")
 

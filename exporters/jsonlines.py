@@ -6,9 +6,12 @@ off, and written again. So nobody else may write to it. A socket cannot be cut: 
 its way comes a second time.
 """
 
+import errno
 import fcntl
 import os
+import select
 import socket
+import stat
 import struct
 import termios
 import time
@@ -34,7 +37,7 @@ class JsonTarget:
     batch = BATCH
 
     def __init__(self, sink: JsonSink) -> None:
-        self.identity = f"json {sink.path or sink.address}"
+        self.identity = sink.identity
         self.streams: tuple[str, ...] = sink.streams
         self._to: _File | _Socket
         if sink.path is not None:
@@ -138,9 +141,13 @@ class _File:
             except FileNotFoundError:
                 pass
             self.close()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(self._path, flags, _MODE)
-        return self._fd
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(self._path, flags, _MODE)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "it is no ordinary file")
+        self._fd = fd
+        return fd
 
     def _shift(self) -> None:
         """NAME becomes NAME.1, and so on up to the first number that is free."""
@@ -223,8 +230,9 @@ def _unread(connection: socket.socket) -> int:
 
 def _hung_up(connection: socket.socket) -> bool:
     """Whether the receiver has closed it; what it may have said is thrown away."""
-    with suppress(BlockingIOError):
-        while data := connection.recv(4096, socket.MSG_DONTWAIT):
-            del data
-        return True
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    while poll.poll(0):
+        if not connection.recv(4096):
+            return True
     return False

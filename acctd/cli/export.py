@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -23,6 +23,7 @@ from acctd.exporting import Exporter
 from acctd.kernel import filelock
 from exporters.delivery import check_directory
 
+_PATIENCE = 30.0  # s without one point accepted, until --once gives up
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 log = logging.getLogger("acctd")
@@ -30,7 +31,9 @@ log = logging.getLogger("acctd")
 
 @click.command("export")
 @click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
-@click.option("--once", is_flag=True, help="Deliver what is in the spool, then end.")
+@click.option(
+    "--once", is_flag=True, help="Deliver what is in the spool, then end; or after 30 s in which no sink took anything."
+)
 def command(config_path: str | None, once: bool) -> int:
     """Deliver what the agent leaves to InfluxDB, Prometheus and log shippers."""
     log_to_stderr()
@@ -77,6 +80,8 @@ def _serve(config: Config, config_path: str | None) -> int:
                 if new.export.positions_dir != config.export.positions_dir:
                     log.error("configuration not taken: export.positions_dir is another one; restart acctd export")
                     continue
+                if new.export == config.export:
+                    continue  # whoever scrapes goes on seeing what has just ended
                 config = new
                 break
         log.info("configuration read again")
@@ -85,12 +90,12 @@ def _serve(config: Config, config_path: str | None) -> int:
 def _once(config: Config) -> int:
     with Exporter(config.export, socket.gethostname(), os.environ) as exporter:
         exporter.start(until_empty=True)
-        ended = threading.Thread(target=exporter.join)
-        ended.start()
-        while ended.is_alive():
+        sent, since = 0, time.monotonic()
+        while not exporter.join(0.1) and time.monotonic() - since < _PATIENCE:
             if signal.sigtimedwait(_SIGNALS, 0) is not None:
                 return 130
-            ended.join(0.1)
+            if (now := exporter.sent()) != sent:
+                sent, since = now, time.monotonic()
         if exporter.backlog():
             raise ExhaustedError(f"not all of {config.export.spool_dir} could be delivered; see acctd sinks")
     return 0
