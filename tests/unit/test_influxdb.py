@@ -5,6 +5,7 @@ Bodies are what influxd 1.6.7 and VictoriaMetrics 1.79.5 answered, and what the 
 
 import gzip
 import json
+import logging
 import socket
 import ssl
 import threading
@@ -428,6 +429,12 @@ class TestNotOfThePoints:
     def test_200_without_words_is_taken(self, database: Database, version: int) -> None:
         database.reply = Reply(200)
         target(database.url, version).send("samples", POINTS)
+
+    def test_nobody_sets_up_logging(self, database: Database, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(logging.root, "handlers", [])
+        database.reply = Reply(500, "no JSON")
+        unavailable(target(database.url, version))
+        assert logging.root.handlers == []
 
     def test_long_words_are_cut(self, database: Database, version: int) -> None:
         database.reply = Reply(500, "x" * 100_000)
