@@ -76,9 +76,11 @@ class _File:
     def __init__(self, path: Path, rotate: int, keep: int) -> None:
         self._path, self._rotate, self._keep = path, rotate, keep
         self._fd: int | None = None
+        self._resuming: Mapping[str, Any] | None = None  # the state that it is still to be brought back to
 
     def send(self, data: bytes) -> None:
         try:
+            self._settle()
             self._prune()
             fd = self._opened()
             size = os.fstat(fd).st_size
@@ -99,16 +101,24 @@ class _File:
 
     def state(self) -> dict[str, Any]:
         if self._fd is None:
-            return {}
+            return dict(self._resuming or {})
         found = os.fstat(self._fd)
         return {"device": found.st_dev, "inode": found.st_ino, "size": found.st_size}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        with suppress(OSError):  # send() will say what is wrong, again and again
-            if state and not self._cut(self._path, state) and self._cut(self._older(1), state):
-                # It was rotated for a batch that was never stored as done; what is in the new one is that batch.
+        self._resuming = state
+        with suppress(OSError):  # nothing is written before it has succeeded, and send() will say why it does not
+            self._settle()
+
+    def _settle(self) -> None:
+        if (state := self._resuming) is None:
+            return
+        if state and not self._cut(self._path, state) and self._cut(self._older(1), state):
+            # It was rotated for a batch that was never stored as done; what is in the new one is that batch.
+            with suppress(FileNotFoundError):
                 os.truncate(self._path, 0)
-            self._opened()
+        self._opened()
+        self._resuming = None
 
     def close(self) -> None:
         if self._fd is not None:

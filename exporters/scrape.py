@@ -137,16 +137,20 @@ class Scrape:
         self._accepting = wanted
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError as e:
-            if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                self._accept_after = time.monotonic() + _RETRY
-            return  # or it went before we came
-        connection.setblocking(False)
-        client = _Client(connection, time.monotonic() + _ASKING)
-        self._clients[connection] = client
-        self._selector.register(connection, selectors.EVENT_READ, client)
+        """All that wait, so that their requests are there at one moment."""
+        while len(self._clients) < CLIENTS_MOST:
+            try:
+                connection, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as e:
+                if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                    self._accept_after = time.monotonic() + _RETRY
+                return  # or it went before we came
+            connection.setblocking(False)
+            client = _Client(connection, time.monotonic() + _ASKING)
+            self._clients[connection] = client
+            self._selector.register(connection, selectors.EVENT_READ, client)
 
     def _drop(self, client: _Client) -> None:
         del self._clients[client.connection]
@@ -248,14 +252,16 @@ def listen(address: str | tuple[str, int]) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as e:
-        kind_of_error: type[AcctdError] = UsageError
-        if e.errno == errno.EADDRINUSE:
-            kind_of_error = InUseError
-        elif e.errno in (errno.EACCES, errno.EPERM):
-            kind_of_error = NotPermittedError
+    except (OSError, UnicodeError) as e:
+        number = e.errno if isinstance(e, OSError) else None
+        error: type[AcctdError] = UsageError
+        if number == errno.EADDRINUSE:
+            error = InUseError
+        elif number in (errno.EACCES, errno.EPERM):
+            error = NotPermittedError
         shown = address if isinstance(address, str) else f"{address[0]}:{address[1]}"
-        raise kind_of_error(f"prometheus.listen {shown} cannot be served ({e.strerror}); name another address") from e
+        why = e.strerror if isinstance(e, OSError) else "this is no name of a host"
+        raise error(f"prometheus.listen {shown} cannot be served ({why}); name another address") from e
     return listener
 
 
