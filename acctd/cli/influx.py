@@ -72,7 +72,7 @@ class Series:
 
     def _read(self, job: Job) -> None:
         self._before(job)
-        if time.monotonic() - self._sampled >= _EVERY:
+        if job.meter.totals and time.monotonic() - self._sampled >= _EVERY:
             self._sampled = time.monotonic()
             self._outbox.sample({job.spec.id: job}, [job])
 

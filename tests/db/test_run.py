@@ -1,0 +1,138 @@
+"""`acctd run --influx` against a real influxd: the agent's series, the ledger's numbers, and nothing lost."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acctd.metrics import BY_NAME
+from lab.topology import Topology
+from tests.db.conftest import Influx1, until
+from tests.kernel.conftest import Node, make_node, topology
+from tests.kernel.served import Served
+
+__all__ = ["topology"]
+
+_WORK = "head -c 30000000 /dev/zero | sha256sum; sleep 0.3"
+
+
+class Database(Influx1):
+    """One on the node's own loopback."""
+
+    topology: Topology
+
+    def on(self, node: Node) -> "Database":
+        self.topology = node.topology
+        return self
+
+    def start(self) -> None:
+        with self.topology.enter(self.topology.node):
+            super().start()
+
+    def ask(self, text: str) -> list[dict[str, Any]]:
+        with self.topology.enter(self.topology.node):
+            found = self.query(text)
+            self._http.clear()  # a kept connection would be another namespace's
+        return found
+
+
+@pytest.fixture
+def node(topology: Topology, tmp_path: Path) -> Iterator[Node]:
+    yield from make_node(topology, tmp_path)
+
+
+@pytest.fixture
+def database(node: Node, tmp_path: Path) -> Iterator[Database]:
+    made = Database(tmp_path / "influx").on(node)
+    yield made
+    made.kill()
+
+
+def run(node: Node, database: Database, name: str, *command: str) -> tuple[dict[str, Any], str]:
+    """A job with series; its record, and what acctd said."""
+    path = node.directory / f"{name}.json"
+    url = f"{database.url}?db=acctd&records_retention_policy=years&timeout=1"
+    argv = ["run", "--id", name, "--network", "none", "--influx", url, "--json", str(path), "--tag", "account=cms"]
+    done = node.acctd(*argv, "--", *command)
+    assert done.returncode == 0, done.stderr
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record, done.stderr
+
+
+def test_the_last_points_are_the_record(node: Node, database: Database) -> None:
+    database.start()
+    record, said = run(node, database, "one", "sh", "-c", _WORK)
+    assert "waits" not in said
+    assert list((node.directory / "state" / "outbox").iterdir()) == []
+    for name in ("cpu_user", "memory_anon_peak", "memory_peak", "pids_peak"):
+        metric = BY_NAME[name]
+        rows = database.ask(f"SELECT last({metric.field}) AS v FROM {metric.measurement} WHERE job = 'one'")  # noqa: S608
+        assert rows[0]["v"] == record["totals"][name][""], name
+    rows = database.ask("SELECT * FROM years.acctd_record WHERE job = 'one'")
+    assert len(rows) == 1
+    assert (rows[0]["cpu_user_ns"], rows[0]["account"]) == (record["totals"]["cpu_user"][""], "cms")
+    assert len(database.ask("SELECT anon_bytes FROM acctd_memory WHERE job = 'one'")) >= 1, "a living job is sampled"
+
+
+def test_agent_and_run_write_the_same_series(node: Node, database: Database) -> None:
+    database.start()
+    run(node, database, "alone", "sh", "-c", _WORK)
+    node.config.write_text(
+        node.config.read_text().replace("[cgroup]", "poll_interval = 0.2\n[cgroup]")
+        + f'[export]\nspool_dir = "{node.directory}/spool"\npositions_dir = "{node.directory}/positions"\n'
+        f'[influxdb.db]\nurl = "{database.url}"\nversion = 1\ndatabase = "acctd"\nrecords_retention_policy = "years"\n'
+    )
+    served = Served(node, None)  # type: ignore[arg-type]  # start() sets it
+    served.start()
+    served.ok("Create", job="held", network="none", tags={"account": "cms"})
+    work = node.topology.popen(node.topology.node, ["sh", "-c", f"read -r _; {_WORK}"], stdin=-1, stdout=-3)
+    served.ok("Attach", job="held", pid=work.pid)
+    work.communicate(b"\n")
+    served.ok("Snapshot")
+    served.ok("Finish", job="held", exit_code=0)
+    served.ok("Snapshot")
+    assert node.acctd("export", "--once").returncode == 0
+    assert served.stop() == 0
+    tags = {row["name"] for row in database.ask("SHOW TAG KEYS")}
+    for measurement in sorted(tags - {"acctd_agent", "acctd_event"}):
+        place = "years." if measurement == "acctd_record" else ""
+        keys = {
+            job: {key for row in database.ask(f"SELECT * FROM {place}{measurement} WHERE job = '{job}'")  # noqa: S608
+                  for key, value in row.items() if value is not None}
+            for job in ("alone", "held")
+        }  # fmt: skip
+        assert keys["alone"] == keys["held"], measurement
+        assert keys["alone"], measurement
+    hosts = {row["value"] for row in database.ask('SHOW TAG VALUES WITH KEY = "host"')}
+    assert len(hosts) == 1
+
+
+def test_what_a_dead_database_does_not_take_is_delivered_by_the_next_run(node: Node, database: Database) -> None:
+    record, said = run(node, database, "first", "true")
+    assert "for the next --influx" in said
+    assert len(list((node.directory / "state" / "outbox").iterdir())) == 1
+    database.start()
+    run(node, database, "second", "sh", "-c", "sleep 1")
+    rows = until(lambda: [row for row in database.ask("SELECT * FROM years.acctd_record")])
+    assert {row["job"] for row in rows} == {"first", "second"}
+    assert next(row for row in rows if row["job"] == "first")["wall_ns"] == record["wall_ns"]
+    assert list((node.directory / "state" / "outbox").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("ftp://x?db=a", "write it like"),
+        ("http://x", "bucket is missing"),
+        ("http://u:p@x?db=a", "has a user or password in it"),
+        ("http://x?db=a&colour=red", "colour"),
+    ],
+)
+def test_a_url_that_is_none_costs_no_job(node: Node, url: str, said: str) -> None:
+    done = node.acctd("run", "--influx", url, "--", "touch", str(node.directory / "ran"))
+    assert done.returncode == 64
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+    assert not (node.directory / "ran").exists()
