@@ -48,14 +48,18 @@ class Follower:
                     more = [self._step(stream, reader) for stream, reader in self._readers.items()]
                 except OSError as e:
                     self._tell(f"cannot read the spool ({e})")
+                    self._close()  # to look at what is there by then
                     more = []
                 else:
                     self._tell(None)
                 if not any(more):
                     self._stop.wait(_IDLE)
         finally:
-            for reader in self._readers.values():
-                reader.close()
+            self._close()
+
+    def _close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
 
     def _step(self, stream: str, reader: Reader) -> bool:
         """Take in what is new, at most so much; whether there was anything."""

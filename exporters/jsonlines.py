@@ -3,7 +3,7 @@
 A line is the frame as it was in the spool, a record's body byte for byte as it was signed, with the time in words
 before it. A file has each line exactly once, whoever is killed when: what was written after the stored position is cut
 off, and written again. So nobody else may write to it. A socket cannot be cut: where a connection breaks, what was on
-its way comes a second time.
+its way comes a second time. What a receiver far away had in its kernel and never read, no sender can know of.
 """
 
 import errno
@@ -180,7 +180,7 @@ class _File:
 
 
 class _Socket:
-    """A receiver of lines. It never answers; a batch is done when its kernel, or itself on this host, has all of it."""
+    """A receiver of lines, which never answers. A batch is done when it has read all; over TCP, when its kernel has."""
 
     def __init__(self, address: str | tuple[str, int]) -> None:
         self._address = address

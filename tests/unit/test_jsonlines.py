@@ -351,13 +351,13 @@ def test_lines_over_a_socket(receiver):
 def test_a_connection_that_broke_is_made_anew_and_the_batch_comes_again(receiver):
     made = over(receiver)
     receiver.most = 10
-    batch = [b"%07d" % number for number in range(1000)]
-    try:
+    batch = [b"%01000d" % number for number in range(20_000)]  # more than fits between the two
+    with pytest.raises(UnavailableError, match="does not take lines"):
         made.send("", batch)
-    except UnavailableError:
-        made.send("", batch)
+    made.send("", batch)
     whole = b"\n".join(batch) + b"\n"
-    assert received(receiver, whole[:10] + whole).endswith(whole), "at least once"
+    assert received(receiver, whole[:10] + whole) == whole[:10] + whole
+    assert receiver.connections == 2
     made.close()
 
 
@@ -384,12 +384,16 @@ def test_nobody_listens(tmp_path):
             made.close()
 
 
-def test_a_unix_receiver_has_read_what_is_done(tmp_path):
-    """Of a batch that was not read nothing is taken for done."""
+def test_what_a_unix_receiver_has_not_read_is_not_done(tmp_path, monkeypatch):
     receiver = Receiver(socket.AF_UNIX, str(tmp_path / "s"))
     made = over(receiver)
     for number in range(50):
         made.send("", [b"%d" % number])
-        assert receiver.data.endswith(b"%d\n" % number) or received(receiver, receiver.data)
+    assert received(receiver, b"".join(b"%d\n" % number for number in range(50))).endswith(b"\n49\n")
     made.close()
+    receiver.go.clear()
+    monkeypatch.setattr("exporters.jsonlines._TIMEOUT", 0.2)
+    with pytest.raises(UnavailableError, match="it does not read"):
+        made.send("", [b"one short line"])
+    receiver.go.set()
     receiver.close()
