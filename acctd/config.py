@@ -79,13 +79,17 @@ class AccessConfig:
     """What users other than root may do and see."""
 
     create: tuple[str, ...]  # user names, and groups as @NAME
+    read: tuple[str, ...]  # likewise
     others: Others
     jobs_per_user: int
 
     def may_create(self, user: str, groups: Collection[str]) -> bool:
         """Whether a user in these groups may create jobs. Root may anyway and need not be asked about here."""
-        named = user in self.create and not user.startswith("@")
-        return named or any(f"@{group}" in self.create for group in groups)
+        return _named(self.create, user, groups)
+
+    def may_read(self, user: str, groups: Collection[str]) -> bool:
+        """Whether a user in these groups may see what everybody's jobs use. Root may anyway."""
+        return _named(self.read, user, groups)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,15 +384,18 @@ class _Reader:
 
     def access(self, table: AccessTable) -> AccessConfig:
         """Names that could be a user's or a group's. Whether the host has them is found out when somebody asks."""
-        for name, times in Counter(table.create).items():
-            # passwd(5) and group(5): a field ends at a colon, an entry at the line's end.
-            if not re.fullmatch(r"@?[^\s:/@-][^\s:/]*", name):
-                self.mistakes.append(
-                    f"access.create {_shown(name)} is neither a user nor a group; write a name, or @NAME for a group"
-                )
-            elif times > 1:
-                self.mistakes.append(f"access.create has {name!r} {times} times; once is enough")
-        return AccessConfig(create=tuple(table.create), others=table.others, jobs_per_user=table.jobs_per_user)
+        for key, names in (("create", table.create), ("read", table.read)):
+            for name, times in Counter(names).items():
+                # passwd(5) and group(5): a field ends at a colon, an entry at the line's end.
+                if not re.fullmatch(r"@?[^\s:/@-][^\s:/]*", name):
+                    self.mistakes.append(
+                        f"access.{key} {_shown(name)} is neither a user nor a group; write a name, or @NAME for a group"
+                    )
+                elif times > 1:
+                    self.mistakes.append(f"access.{key} has {name!r} {times} times; once is enough")
+        return AccessConfig(
+            create=tuple(table.create), read=tuple(table.read), others=table.others, jobs_per_user=table.jobs_per_user
+        )
 
     def _pool(self, key: str, text: str, kind: type[_N], prefix: tuple[int, int]) -> _N | None:
         low, high = prefix
@@ -425,6 +432,10 @@ def _converted(value: object, wanted: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise msgspec.ValidationError("TOML's nan and inf are in no range")
     return msgspec.convert(value, wanted)
+
+
+def _named(names: Collection[str], user: str, groups: Collection[str]) -> bool:
+    return (user in names and not user.startswith("@")) or any(f"@{group}" in names for group in groups)
 
 
 def _struct(wanted: Any) -> type[msgspec.Struct] | None:

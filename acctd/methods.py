@@ -7,14 +7,14 @@ that is not as declared is refused by its name before anything happens.
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
 
 from acctd import accounts, enclosure, family, views, wishes
 from acctd.caller import Caller
-from acctd.config import with_default_classes
+from acctd.config import AccessConfig, with_default_classes
 from acctd.daemon import Daemon
 from acctd.errors import NotFoundError, NotPermittedError, UsageError
 from acctd.job import Ending, Job, lingering
@@ -258,16 +258,17 @@ class Methods:
 
     async def _usage(self, caller: Caller, wanted: _OfJob) -> Answer:
         job = self._daemon.find(wanted.job)
-        caller.must_own(job)
+        if not self._reads_all(caller):
+            caller.must_own(job)
         self._daemon.read(job)
         record = views.interim(self._daemon.agent, self._daemon.jobs, job)
         return {"job": views.whole(self._daemon.jobs, job), "classad": format_ad(record_ad(record))}
 
     async def _list(self, caller: Caller, _: _Nothing) -> Answer:
         shown = []
-        others = self._daemon.agent.config.access.others == "ps"
+        others, every = self._daemon.agent.config.access.others == "ps", self._reads_all(caller)
         for number, job in enumerate(list(self._daemon.jobs.values())):
-            if caller.owns(job):
+            if every or caller.owns(job):
                 shown.append(views.whole(self._daemon.jobs, job))
             elif others:
                 shown.append(views.sketch(job))
@@ -298,8 +299,8 @@ class Methods:
         return self._daemon.agent.ledger.events(since=since, job=job, limit=_EVENTS)
 
     def may_see(self, caller: Caller, event: Event) -> bool:
-        """Whether an event is about a job of the caller's; root sees those of the agent, too."""
-        return caller.uid in (0, event.uid)
+        """Whether an event is about a job of the caller's; root, and who may read all, sees those of the agent, too."""
+        return caller.uid in (0, event.uid) or self._reads_all(caller)
 
     async def _snapshot(self, caller: Caller, _: _Nothing) -> Answer:
         self._must_rule(caller, "have all jobs read")
@@ -374,6 +375,11 @@ class Methods:
         caller.must_be_root(what)
         self._must_stay_inside(caller, None)
 
+    def _reads_all(self, caller: Caller) -> bool:
+        """Whether the caller is one of access.read."""
+        access = self._daemon.agent.config.access
+        return bool(access.read) and _reads(access, caller)
+
     def _own_record(self, caller: Caller, name: str) -> Record:
         record = self._daemon.record(name)
         if caller.uid not in (0, record.uid):
@@ -433,6 +439,12 @@ class Methods:
 
     def _netns(self, job: Job) -> str | None:
         return str(self._daemon.agent.netns(job)) if job.spec.network in ("nat", "none") else None
+
+
+@lru_cache(maxsize=256)
+def _reads(access: AccessConfig, caller: Caller) -> bool:
+    """Looked up once for a connection: an event stream asks for each event."""
+    return access.may_read(*caller.names())
 
 
 def _signed(record: Record) -> Answer:

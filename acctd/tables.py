@@ -94,6 +94,9 @@ class AccessTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     create: Annotated[list[str], Meta(description="a list of user names and @groups")] = msgspec.field(
         default_factory=list
     )
+    read: Annotated[list[str], Meta(description="a list of user names and @groups")] = msgspec.field(
+        default_factory=list
+    )
     others: Annotated[Others, Meta(description='"ps" or "nothing"')] = "ps"
     jobs_per_user: Annotated[int, Meta(ge=1, le=100_000, description="a whole number, 1 to 100000")] = 100
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import grp
 import json
 import os
 import pty
@@ -446,6 +447,22 @@ def test_an_ordinary_user_sees_what_may_be_seen(served: Served, busy: subprocess
     assert busy.poll() is None
     # Without an agent there is only the ledger, which is root's; what is wrong is that there is no agent.
     assert as_nobody("show", "x", ACCTD_SOCKET=f"{served.path}-none")[0] == 69
+
+
+def test_who_may_read_sees_all_and_acts_on_nothing(served: Served, busy: subprocess.Popen[str]) -> None:
+    let_in(served)
+    environ = {"ACCTD_SOCKET": str(served.path)}
+    with open(served.node.config, "a") as config:
+        config.write(f'[access]\nread = ["@{grp.getgrgid(NOBODY.pw_gid).gr_name}"]\n')
+    served.ok("Reload")
+    served.ok("Snapshot")
+    allowed = {job["id"]: job for job in json.loads(as_nobody("ps", "--all", "--json", **environ)[1])}
+    assert allowed["42.0"]["totals"]["pids"] == {"": len(allowed["42.0"]["pids"])}
+    assert as_nobody("show", "42.0", **environ)[1].startswith("job 42.0 of root: ")
+    assert "42.0" in as_nobody("events", **environ)[1]
+    for arguments in (["kill", "42.0"], ["suspend", "42.0"], ["limit", "42.0", "--pids", "9"], ["reload"]):
+        code, out, err = as_nobody(*arguments, **environ)
+        assert (code, out, err.count("\n")) == (77, "", 1), arguments
 
 
 def test_events_are_listed_and_followed(served: Served) -> None:

@@ -37,7 +37,7 @@ def test_an_empty_file_is_all_defaults():
     assert c.network.pool6 == IPv6Network("fd61:6363:7464::/112")
     assert [(k.name, len(k.networks)) for k in c.network.classes] == [("Internal", 4)]
     assert c.limits == Limits()
-    assert c.access == AccessConfig(create=(), others="ps", jobs_per_user=100)
+    assert c.access == AccessConfig(create=(), read=(), others="ps", jobs_per_user=100)
 
 
 def test_the_example_is_the_default_in_every_key():
