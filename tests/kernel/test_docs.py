@@ -33,6 +33,7 @@ def test_examples_of(page: Path, node: Node) -> None:
             node.topology.node,
             ["sh", "-c", line],
             env=environ,
+            cwd=node.directory,
             check=False,
             capture_output=True,
             text=True,
