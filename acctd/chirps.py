@@ -44,8 +44,13 @@ class Chirps:
         self._last: dict[str, asyncio.Event] = {}  # set once the last update of a job has been tried
 
     def take(self, job: Job, proxy: Proxy) -> None:
-        """Tell this starter from now on, and no other. Raises UsageError for one that must not be connected to."""
-        self._set_terms(job, replace(job.row.terms, chirp=chirp.checked(proxy)))
+        """Tell this starter from now on, and no other. Raises UsageError for one that must not be connected to.
+
+        And as Agent.read_one does.
+        """
+        chirp.checked(proxy)
+        self._agent.read_one(job)  # it may have been made since the last tick, and have nothing to tell yet
+        self._set_terms(job, replace(job.row.terms, chirp=proxy))
         self._errands.begin(self._go_on(job, proxy, 0.0), job)
 
     def open(self, job: Job) -> None:

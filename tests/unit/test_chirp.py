@@ -259,7 +259,8 @@ class Scene:
         self.terms: list[Terms] = []
         self.errands = Errands(lambda _, error: self.troubles.append(str(error)))
         news = SimpleNamespace(trouble=lambda _, error: self.troubles.append(str(error)))
-        self.chirps = Chirps(None, self.jobs, news, self.errands, self._set_terms)  # type: ignore[arg-type]
+        agent = SimpleNamespace(read_one=lambda _: None)
+        self.chirps = Chirps(agent, self.jobs, news, self.errands, self._set_terms)  # type: ignore[arg-type]
 
     def job(self, terms: Terms | None = None) -> Any:
         spec = SimpleNamespace(id="12.0")
