@@ -295,6 +295,7 @@ def test_the_job_as_a_field(influx1: Influx1, tmp_path: Path) -> None:
         "cluster", "host", "owner", "parent", "scheduler"
     }  # fmt: skip
     assert len(influx1.query('SHOW SERIES FROM "acctd_cpu"')) == 1
+    assert [row["user_ns"] for row in influx1.query("SELECT user_ns FROM acctd_cpu WHERE job = '7.0'")] == [7]
 
 
 def test_what_is_too_old_goes_to_quarantine_and_nothing_else(influx1: Influx1, tmp_path: Path) -> None:
