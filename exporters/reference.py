@@ -20,14 +20,29 @@ kernel does not count is absent, never 0.
 |---|---|---|---|---|
 """
 
+_SERIES = """
+## What they are called as series
+
+In Prometheus every one has the label `jobid` beside those named here, times are in seconds, and a peak is a gauge. In
+InfluxDB the labels are tags, beside `cluster`, `host`, `owner`, `scheduler`, `job` and `parent`, and values are integers
+in the unit above. A rule's name is taken apart: `OutgoingInternal` is class `Internal`, direction `outgoing`.
+
+| name | Prometheus | InfluxDB measurement, field | labels |
+|---|---|---|---|
+"""
+
 
 def markdown() -> str:
     """The whole page."""
-    rows = []
+    rows, series = [], []
     for metric in CATALOGUE:
         attribute = f"`{metric.attribute}`" + (f" (/{metric.scale:,})" if metric.scale != 1 else "")
         rows.append(f"| `{metric.name}` | {metric.unit} | {metric.kind} | {attribute} | {metric.help} |\n")
-    return _HEAD + "".join(rows)
+        labels = ", ".join(f"`{label}`" for label in metric.labels) or "-"
+        series.append(
+            f"| `{metric.name}` | `{metric.prometheus}` | `{metric.measurement}`, `{metric.field}` | {labels} |\n"
+        )
+    return _HEAD + "".join(rows) + _SERIES + "".join(series)
 
 
 if __name__ == "__main__":
