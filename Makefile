@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vm lint unit bench docs install-units fuzz man completions clean
+.PHONY: help setup demo test test-vm test-db lint unit bench docs install-units fuzz man completions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,7 +23,7 @@ demo: $(READY) ## run a job that uses memory, CPU, disk and network, and show it
 	$(RUN) -m lab.demo
 
 test: lint ## lint, types, and every test lane
-	tools/system-packages vm
+	tools/system-packages vm db
 	$(RUN) -m pytest
 
 lint: $(READY) ## formatter, linter and types
@@ -38,6 +38,10 @@ test-vm: $(READY) ## the lane of other cgroup layouts, and of a real systemd, in
 	tools/system-packages vm
 	$(RUN) -m pytest tests/vm
 
+test-db: $(READY) ## the lane of real databases
+	tools/system-packages db
+	$(RUN) -m pytest tests/db
+
 bench: $(READY) ## all benchmarks; their tables belong into docs/performance.md
 	$(RUN) -m bench.lifecycle
 	$(RUN) -m bench.poll
@@ -47,6 +51,9 @@ bench: $(READY) ## all benchmarks; their tables belong into docs/performance.md
 	$(RUN) -m bench.storm
 	$(RUN) -m bench.oom
 	$(RUN) -m bench.bombs
+	$(RUN) -m bench.sinks
+	$(RUN) -m bench.ingest
+	$(RUN) -m bench.scrape
 
 docs: $(READY) ## make docs/metrics.md anew from the metric catalogue
 	$(RUN) -m exporters.reference > docs/metrics.md

@@ -9,6 +9,7 @@ import pwd
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from acctd import hookcall
-from tests.vm.guest import RESULTS
+from tests.vm.guest import REPO, RESULTS
 from tests.vm.inside.service import (
     BASE,
     CONFIG,
@@ -40,6 +41,15 @@ DATAGRAM = 100 + 28  # payload, UDP and IP header
 SEND = "printf %0100d 0 >/dev/udp/203.0.113.2/9"
 # A datagram for each line it reads.
 SENDER = f"while read -r _; do {SEND}; echo sent; done"
+
+_SCRAPE = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as made:
+    made.connect(sys.argv[1])
+    made.sendall(b"GET /metrics HTTP/1.0\\r\\n\\r\\n")
+    while data := made.recv(65536):
+        sys.stdout.write(data.decode())
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -111,12 +121,14 @@ def job(installed: None) -> Iterator[Job]:
 
 
 def test_the_units_are_well_formed(installed: None) -> None:
-    found = run("systemd-analyze", "verify", "--man=no", "acctd.service", "acctd-jobs.service", "acctd.socket")
+    units = ("acctd.service", "acctd-export.service", "acctd-jobs.service", "acctd.socket")
+    found = run("systemd-analyze", "verify", "--man=no", *units)
     assert "acctd" not in found
     assert "acctd:" in Path("/etc/group").read_text()
     assert [oct(Path(path).stat().st_mode) for path in ("/run/acctd", "/var/lib/acctd")] == ["0o40755", "0o40711"]
     # What is left open is explained in the unit, line by line; nothing gets added by accident.
     run("systemd-analyze", "security", "--threshold=51", "acctd.service")
+    run("systemd-analyze", "security", "--threshold=20", "acctd-export.service")
 
 
 def test_the_agent_is_active_once_it_serves(installed: None) -> None:
@@ -263,6 +275,38 @@ def test_an_ordinary_user_under_the_hardened_agent(job: Job) -> None:
             marked.kill()
             marked.wait()
     assert f"NetworkOutgoingExternal = {DATAGRAM}\n" in ad
+    job.check()
+
+
+def test_the_exporter_is_a_user_without_rights(job: Job) -> None:
+    """As the units are, but for the interpreter: that of this tree may be where no other user gets."""
+    program = "/usr/bin/python3 -c 'from acctd.cli.main import main; main()' export"
+    paths = ":".join([str(REPO), *(path for path in sys.path if path.endswith("site-packages"))])
+    drop_in = Path("/run/systemd/system/acctd-export.service.d/tree.conf")
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text(f"[Service]\nExecStart=\nExecStart={program}\nEnvironment=PYTHONPATH={paths}\n")
+    run("systemctl", "daemon-reload")
+    out, metrics = Path("/var/lib/acctd-export/out.jsonl"), "/run/acctd-export/metrics.sock"
+    with configured(f'[json.out]\npath = "{out}"\n[prometheus]\nlisten = "unix:{metrics}"\n'):
+        run("systemctl", "start", "acctd-export.service")
+        try:
+            status = Path(f"/proc/{shown('acctd-export.service', 'MainPID')[0]}/status").read_text()
+            assert f"\nUid:\t{pwd.getpwnam('acctd-export').pw_uid}\t" in status
+            assert "\nCapEff:\t0000000000000000\n" in status
+            assert "\nCapBnd:\t0000000000000000\n" in status
+            run("acctd-hook", "create", "--job", "sent", "--network", "none")
+            run("acctd-hook", "exec", "--job", "sent", "--", "true")
+            run("acctd-hook", "finish", "--job", "sent", "--exit-code", "0")
+            run("acctd-hook", "snapshot")
+            until(lambda: out.exists() and '"id":"sent"' in out.read_text(), "the record is not delivered")
+            text = run("/usr/bin/python3", "-c", _SCRAPE, metrics)
+            assert "acctd_job_info{" in text
+            assert 'jobid="kept"' in text
+            run("systemctl", "reload", "acctd-export.service")
+            assert shown("acctd-export.service", "ActiveState") == ["active"]
+        finally:
+            run("systemctl", "stop", "acctd-export.service")
+    assert out.read_text().count('"id":"sent"') == 1
     job.check()
 
 
