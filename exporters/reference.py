@@ -24,7 +24,7 @@ _SERIES = """
 ## What they are called as series
 
 In Prometheus every one has the label `jobid` beside those named here, times are in seconds, and a peak is a gauge. In
-InfluxDB the labels are tags, beside `cluster`, `host`, `owner`, `scheduler`, `job` and `parent`, and values are integers
+InfluxDB the labels are tags, beside `cluster`, `host`, `owner`, `scheduler`, `job` and `parent`; values are integers
 in the unit above. A rule's name is taken apart: `OutgoingInternal` is class `Internal`, direction `outgoing`.
 
 | name | Prometheus | InfluxDB measurement, field | labels |
