@@ -1,5 +1,6 @@
 """`acctd doctor`: what this host can do, line by line, and what to do about what it cannot. Changes nothing."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from acctd.errors import AcctdError
 from acctd.kernel import procs
 from acctd.network import host, probe, resolver
 from acctd.network.backend import Pools
+from exporters import positions
 
 State = Literal["ok", "note", "missing"]
 
@@ -201,7 +203,39 @@ def _bpf(_: Config) -> Iterator[Finding]:
         yield Finding("bpf", "ok", "bpf(2) is there")
 
 
+def _sinks(config: Config) -> Iterator[Finding]:
+    export = config.export
+    if not export.active:
+        return
+    running = _is_held(export.positions_dir / "export.lock")
+    if not running:
+        hint = "start acctd-export.service, or acctd export; until then all waits in the spool"
+        yield Finding("acctd export", "note", f"is not running; {hint}")
+    for name in export.names:
+        try:
+            state = positions.load(export.positions_dir, name)
+        except AcctdError as e:
+            yield Finding(f"sink {name}", "note", str(e))
+            continue
+        if state is not None and state.trouble is not None and running:
+            yield Finding(f"sink {name}", "note", state.trouble)
+        elif state is not None:
+            yield Finding(f"sink {name}", "ok", f"{state.counts.sent} points sent, {state.counts.quarantined} refused")
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether somebody has this lock; who may not ask takes it to be so."""
+    try:
+        with open(lock) as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 _LOOKS = (
     *(_privilege, _hierarchies, _out_of_memory, _killing, _block_io, _netfilter, _namespaces, _forwarding, _resolver),
-    _bpf,
+    *(_bpf, _sinks),
 )

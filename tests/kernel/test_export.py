@@ -3,6 +3,7 @@
 import grp
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -333,3 +334,13 @@ def test_sinks_says_how_they_stand(exported: Served, sleeper: Sleeper) -> None:
     row = exported.node.acctd("sinks").stdout.splitlines()[1].split()
     assert row[0] == "out"
     assert row[-1] == "-"
+
+
+def test_doctor_tells_of_an_exporter_that_is_not_there_and_of_a_sink_in_trouble(exported: Served) -> None:
+    assert re.search(r"note +acctd export +is not running", exported.node.acctd("doctor").stdout)
+    (exported.node.directory / "out").rmdir()
+    with exporting(exported):
+        until(lambda: re.search(r"note +sink out +cannot write", exported.node.acctd("doctor").stdout))
+        (exported.node.directory / "out").mkdir()
+        until(lambda: re.search(r"ok +sink out +\d+ points sent, 0 refused", exported.node.acctd("doctor").stdout))
+        assert "is not running" not in exported.node.acctd("doctor").stdout
