@@ -5,6 +5,7 @@ A line that ends in `# exits N` must exit N.
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,12 @@ def examples(page: Path) -> list[str]:
 def test_examples_of(page: Path, node: Node) -> None:
     binaries = node.directory / "bin"
     binaries.mkdir()
-    command = binaries / "acctd"
-    command.write_text("#!/bin/sh\nexec " + " ".join(node.argv()) + ' "$@"\n')
-    command.chmod(0o755)
-    environ = {**node.environ, "PATH": f"{binaries}:{os.environ['PATH']}"}
+    for name, module in (("acctd", "acctd"), ("acctd-hook", "acctd.hook")):
+        command = binaries / name
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+        command.chmod(0o755)
+    socket = str(node.directory / "run" / "s")
+    environ = {**node.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "ACCTD_SOCKET": socket}
     for line in examples(page):
         wanted = re.search(r"# exits (\d+)$", line)
         done = node.topology.run(

@@ -7,9 +7,11 @@ read. The starter is lab/starter.py; HTCondor's own Chirp client is held against
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -198,6 +200,60 @@ def test_a_user_is_told_that_it_sees_its_own_jobs_only(served: Served, user: Use
     assert done.returncode == 0, done.stderr
     assert list(ads(done.stdout)) == ["slot2"]
     assert "uid 65534 sees what its own jobs use" in done.stderr
+
+
+# The page's scripts, as HTCondor calls them
+
+
+def scripts(directory: Path) -> dict[str, Path]:
+    """Those of docs/htcondor.md by the name that the text before them calls them, with the hook where it is here."""
+    caller = directory / "acctd-hook"
+    caller.write_text(f'#!/bin/sh\nexec {sys.executable} -m acctd.hook "$@"\n')
+    made = {"acctd-hook": caller}
+    page = (REPO / "docs" / "htcondor.md").read_text()
+    for name, body in re.findall(r"^`(acctd-\w+)`[^\n]*:\n\n((?:    .*\n)+)", page, re.MULTILINE):
+        made[name] = directory / name
+        made[name].write_text(textwrap.dedent(body).replace("/opt/acctd/bin/acctd-hook", str(caller)))
+    for path in made.values():
+        path.chmod(0o755)
+    return made
+
+
+def test_the_pages_scripts_do_what_it_says(served: Served, starter: Starter, tmp_path: Path) -> None:
+    made = scripts(tmp_path)
+    assert made.keys() == {"acctd-hook", "acctd-prepare", "acctd-wrapper", "acctd-exit"}
+    ad = tmp_path / "job.ad"
+    text = 'Owner = "root"\nClusterId = 12\nGlobalJobId = "schedd.example.org#12.0#1700000000"\nCmd = "/bin/sh"\n'
+    ad.write_text(text)
+    environ = {
+        **os.environ, "PYTHONPATH": str(REPO), "ACCTD_SOCKET": str(served.path), "_CONDOR_JOB_AD": str(ad),
+        "_CONDOR_SLOT": "slot1_3", "_CONDOR_CHIRP_CONFIG": str(starter.config(tmp_path / ".chirp.config")),
+    }  # fmt: skip
+
+    def call(name: str, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+        argv = [str(made[name]), *arguments]
+        return subprocess.run(
+            argv, input=given, capture_output=True, text=True, check=False, timeout=60, env=environ
+        )  # fmt: skip
+
+    job = "schedd.example.org@12.0@1700000000"
+    for reason, more, ending in (
+        ("exit", "ExitBySignal = false\nExitCode = 3\n", ("done", 3, None)),
+        ("exit", "ExitBySignal = true\nExitSignal = 11\nExitCode = 0\n", ("done", None, 11)),
+        ("remove", "", ("lost", None, None)),
+    ):
+        done = call("acctd-prepare", given=text)
+        # Root has to name the file, so Chirp is not for it; the job begins all the same.
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        assert "as root, chirp needs FILE" in done.stderr
+        (shown,) = json.loads(ok(served, "dump"))
+        assert (shown["id"], shown["tags"]) == (job, {"SlotName": "slot1_3", "Scheduler": "htcondor"})
+        assert call("acctd-prepare", given=text).stdout == "HookStatusCode = 300\n"  # it is there already
+        assert call("acctd-wrapper", "sh", "-c", 'echo "$1"; exit 3', "sh", "a  b").stdout == "a  b\n"
+        done = call("acctd-exit", reason, given=text + more)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        record = json.loads(ok(served, "finish", "--job", job, "--json"))
+        assert (record["state"], record["exit_code"], record["exit_signal"]) == ending
 
 
 # Chirp
