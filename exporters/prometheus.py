@@ -1,8 +1,8 @@
 """What is on the board, in the words of Prometheus: its text format, and OpenMetrics.
 
-The node's few numbers are a collector of prometheus_client's. The jobs' lines are written here: of a hundred thousand
-and more the library makes twenty times the work (bench/scrape.py). Both formats have the same lines and differ in what
-is said about them. Serves nothing, and bounds nothing: board.py has done that.
+The node's few numbers are a collector of prometheus_client's. The jobs' lines are written here: there may be a hundred
+thousand, of which the library makes ten times the work (bench/scrape.py). Both formats have the same lines, and differ
+in what is said about them. Serves nothing, and bounds nothing: board.py has done that.
 https://prometheus.io/docs/instrumenting/exposition_formats/ https://prometheus.io/docs/specs/om/open_metrics_spec/
 """
 
@@ -139,19 +139,25 @@ class Node(Collector):
 
 def _families(jobs: Sequence[Shown], cluster: str, openmetrics: bool) -> Iterator[str]:
     """The lines of all jobs, family by family as both formats want it; those without lines are left out."""
-    own = [f'{{jobid="{job.job}"}}' for job in jobs]  # a job's id holds nothing that would have to be escaped
-    texts = {names: [_Labels(job.job, names) for job in jobs] for names in {metric.labels for metric in CATALOGUE}}
+    opened = [f'{{jobid="{job.job}"' for job in jobs]  # a job's id holds nothing that would have to be escaped
+    own = [f"{mine}}}" for mine in opened]
+    rests = {metric.labels: _Rests(metric.labels) for metric in CATALOGUE}
     for metric in CATALOGUE:
-        name, per = metric.prometheus, metric.per_base_unit
-        lines = []
-        for job, labels in zip(jobs, texts[metric.labels], strict=True):
-            values = job.totals.get(metric.name)
-            if not values:
-                continue
-            if per == 1:
-                lines += [f"{name}{labels[label]} {value}\n" for label, value in values.items()]
-            else:
-                lines += [f"{name}{labels[label]} {value / per}\n" for label, value in values.items()]
+        name, per, rest = metric.prometheus, metric.per_base_unit, rests[metric.labels]
+        totals = [job.totals.get(metric.name) for job in jobs]
+        if metric.labels:
+            values = [
+                (f"{mine}{rest[label]}", value)
+                for mine, each in zip(opened, totals, strict=True)
+                if each
+                for label, value in each.items()
+            ]
+        else:
+            values = [(mine, each[""]) for mine, each in zip(own, totals, strict=True) if each]
+        if per == 1:
+            lines = [f"{name}{labels} {value}\n" for labels, value in values]
+        else:
+            lines = [f"{name}{labels} {value / per}\n" for labels, value in values]
         yield _family(name, metric.kind, metric.help, lines, openmetrics)
     for limit, (name, what) in LIMITS.items():
         lines = [
@@ -181,16 +187,16 @@ def _family(name: str, kind: str, what: str, lines: Sequence[str], openmetrics: 
     return head + "".join(lines)
 
 
-class _Labels(dict[str, str]):
-    """One job's labels as they are written, by the label of a total."""
+class _Rests(dict[str, str]):
+    """What is written after the id of whichever job, by the label of a total: jobs have most of them in common."""
 
-    def __init__(self, job: str, names: tuple[str, ...]) -> None:
-        self._job, self._names = job, names
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
 
     def __missing__(self, label: str) -> str:
-        values = split_rule(label) if len(self._names) > 1 else (label,) if self._names else ()
-        pairs = zip(("jobid", *self._names), (self._job, *values), strict=True)
-        text = self[label] = "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in pairs) + "}"
+        values = split_rule(label) if len(self._names) > 1 else (label,)
+        pairs = [f',{name}="{_escaped(value)}"' for name, value in zip(self._names, values, strict=True)]
+        text = self[label] = "".join(pairs) + "}"
         return text
 
 
