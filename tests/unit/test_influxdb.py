@@ -47,6 +47,19 @@ PQQDAgNHADBEAiAF1x3jDcfUIEgYCydTC6Y1mDIXLnDIRzETz2oN1vqXGQIgQaKl
 -----END CERTIFICATE-----
 """
 
+ANOTHER = """\
+-----BEGIN CERTIFICATE-----
+MIIBaTCCAQ6gAwIBAgIBAjAKBggqhkjOPQQDAjASMRAwDgYDVQQDDAdhbm90aGVy
+MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjASMRAwDgYDVQQDDAdh
+bm90aGVyMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEkwbGQ7WtDvntFNu6Avdy
+YMKFPahtt+GDAE4uAPH+l9go2ryFMiO3omtaS5xeO0tL7t9N5K2kGZ7fiHlDtZj+
+nKNTMFEwDwYDVR0TAQH/BAUwAwEB/zAdBgNVHQ4EFgQUKPE9e/XtiSsXoD3e0jcW
+athsIZYwDwYDVR0RBAgwBocEfwAAATAOBgNVHQ8BAf8EBAMCAoQwCgYIKoZIzj0E
+AwIDSQAwRgIhAOVYFNJjMjQxV0kqo3ZRnF4SRxrJyfFvKTTLmfcLsKM0AiEAvzGU
+0evJdJelpOdjWy8V/2A8TBSyhX5G9a6v6lpttW4=
+-----END CERTIFICATE-----
+"""
+
 
 class Request(NamedTuple):
     """What came."""
@@ -392,6 +405,7 @@ class TestNotOfThePoints:
             (400, "error decoding gzip stream: x", "gzip"),
             (400, 'requestURI: /writ; unsupported path requested: "/writ"', "unsupported path"),
             (400, "<html><head><title>400 Bad Request</title></head></html>", "400 Bad Request"),
+            (400, "<html>too long line</html>", "too long line"),
             (400, "", "nothing more"),
             (400, "[1]", "[1]"),
             (401, "", "token or password"),
@@ -497,6 +511,7 @@ class TestNetwork:
         try:
             error = unavailable(target(server.url, version, timeout=0.3))
             assert words in str(error) and "0x" not in str(error)
+            assert "timeout" not in words or "read timeout=0.3" in str(error.__cause__)
         finally:
             server.close()
 
@@ -530,6 +545,13 @@ class TestTls:
         url = secure.url.replace("127.0.0.1", "localhost")
         error = unavailable(target(url, version, ca_file=str(tmp_path / "ca.pem")))
         assert "TLS" in str(error) and not secure.requests
+
+    def test_an_authority_that_was_exchanged(self, secure: Database, version: int, tmp_path: Path) -> None:
+        (tmp_path / "ca.pem").write_text(ANOTHER)
+        one = target(secure.url, version, ca_file=str(tmp_path / "ca.pem"))
+        assert "certificate verify failed" in str(unavailable(one))
+        (tmp_path / "ca.pem").write_text(CERTIFICATE)
+        one.send("samples", POINTS)
 
     def test_plain_http_where_tls_is_wanted(self, database: Database, version: int) -> None:
         assert "TLS" in str(unavailable(target(database.url.replace("http:", "https:"), version)))
