@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlencode
 
 import pytest
@@ -22,7 +22,10 @@ START_SECONDS = 60.0
 
 
 class Server:
-    """A process that answers HTTP on a port of its own; `stop()` and `start()` as often as wanted, on the same port."""
+    """A process that answers HTTP on a port of its own; `stop()` and `start()` as often as wanted, on the same port.
+
+    It ends with the thread that started it: start it from one that lives for as long as it is wanted.
+    """
 
     binary = ""
     ready = "/"  # answers below 400 once it takes requests
@@ -44,7 +47,7 @@ class Server:
         if binary is None:
             raise RuntimeError(f"{self.binary} is not installed; run tools/system-packages db")
         with open(self.directory / "log", "ab") as log:
-            # Ended with this process, whatever becomes of it: nothing here is worth keeping.
+            # Ended with this thread, whatever becomes of it: nothing here is worth keeping. prctl(2), PR_SET_PDEATHSIG
             argv = ["setpriv", "--pdeathsig", "KILL", binary, *self.argv()]
             self.process = subprocess.Popen(argv, stdout=log, stderr=log, cwd=self.directory)
         deadline = time.monotonic() + START_SECONDS
@@ -89,7 +92,7 @@ class Server:
         query = f"?{urlencode(parameters)}" if parameters else ""
         return self._http.request("POST", f"{self.url}{path}{query}", body=body)
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Self:
         self.start()
         return self
 
