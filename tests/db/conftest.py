@@ -84,10 +84,10 @@ class Server:
         self.process = None
         self._http.clear()
 
-    def get(self, path: str, **parameters: str) -> urllib3.BaseHTTPResponse:
+    def get(self, path: str, /, **parameters: str) -> urllib3.BaseHTTPResponse:
         return self._http.request("GET", f"{self.url}{path}", fields=parameters)
 
-    def post(self, path: str, body: bytes = b"", **parameters: str) -> urllib3.BaseHTTPResponse:
+    def post(self, path: str, body: bytes = b"", /, **parameters: str) -> urllib3.BaseHTTPResponse:
         """As it stands: answers are the caller's to judge."""
         query = f"?{urlencode(parameters)}" if parameters else ""
         return self._http.request("POST", f"{self.url}{path}{query}", body=body)
