@@ -22,9 +22,10 @@ from exporters import chirp
 INTERVAL = 300.0
 """s between two updates. A starter passes them on about as often: STARTER_UPDATE_INTERVAL."""
 
-_PATIENCE = 10.0  # s for one update
+_LONGEST = 3600.0  # s from one try to the next, where there is no answer
+_PATIENCE = 5.0  # s for one update
 _LAST_PATIENCE = 2.0  # s for the last one, which whoever finishes the job waits for
-_AT_A_TIME = 8
+_AT_A_TIME = 16
 
 
 class Chirps:
@@ -41,6 +42,7 @@ class Chirps:
         self._agent, self._jobs, self._news, self._errands = agent, jobs, news, errands
         self._set_terms = set_terms
         self._few = asyncio.Semaphore(_AT_A_TIME)
+        self._changed: dict[int, asyncio.Event] = {}  # of jobs that are told of: there is another proxy
         self._last: dict[str, asyncio.Event] = {}  # set once the last update of a job has been tried
 
     def take(self, job: Job, proxy: Proxy) -> None:
@@ -51,12 +53,15 @@ class Chirps:
         chirp.checked(proxy)
         self._agent.read_one(job)  # it may have been made since the last tick, and have nothing to tell yet
         self._set_terms(job, replace(job.row.terms, chirp=proxy))
-        self._errands.begin(self._go_on(job, proxy, 0.0), job)
+        if (changed := self._changed.get(job.row.seq)) is not None:
+            changed.set()
+        else:
+            self._begin(job, 0.0)
 
     def open(self, job: Job) -> None:
         """Go on with a job that an earlier agent held; not with all of them at one time."""
-        if (proxy := job.row.terms.chirp) is not None:
-            self._errands.begin(self._go_on(job, proxy, job.row.seq % INTERVAL), job)
+        if job.row.terms.chirp is not None:
+            self._begin(job, job.row.seq % INTERVAL)
 
     def finish(self, job: Job, record: Record) -> None:
         """Tell what a job's record says, while its starter still listens; settled() waits for that."""
@@ -70,15 +75,25 @@ class Chirps:
             with suppress(TimeoutError):
                 await asyncio.wait_for(done.wait(), _LAST_PATIENCE + 1)
 
-    async def _go_on(self, job: Job, proxy: Proxy, pause: float) -> None:
-        while True:
-            await asyncio.sleep(pause)
-            if job.row.terms.chirp is not proxy:
-                return  # another one has its place, or it is not worth trying
-            record = views.interim(self._agent, self._jobs, job)
-            async with self._few:
-                await self._tell(job, proxy, record, _PATIENCE)
-            pause = INTERVAL
+    def _begin(self, job: Job, pause: float) -> None:
+        """One errand for a job, however often it is said where its starter listens."""
+        changed = self._changed[job.row.seq] = asyncio.Event()
+        self._errands.begin(self._go_on(job, pause, changed), job)
+
+    async def _go_on(self, job: Job, pause: float, changed: asyncio.Event) -> None:
+        try:
+            while True:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), pause)
+                changed.clear()
+                if (proxy := job.row.terms.chirp) is None:
+                    return
+                record = views.interim(self._agent, self._jobs, job)
+                async with self._few:
+                    told = await self._tell(job, proxy, record, _PATIENCE)
+                pause = INTERVAL if told else min(max(2 * pause, INTERVAL), _LONGEST)
+        finally:
+            del self._changed[job.row.seq]
 
     async def _tell_last(self, job: Job, proxy: Proxy, record: Record) -> None:
         done = self._last[job.spec.id]
@@ -89,7 +104,8 @@ class Chirps:
             if self._last.get(job.spec.id) is done:
                 del self._last[job.spec.id]
 
-    async def _tell(self, job: Job, proxy: Proxy, record: Record, patience: float) -> None:
+    async def _tell(self, job: Job, proxy: Proxy, record: Record, patience: float) -> bool:
+        """Whether there was an answer."""
         try:
             refused = await chirp.send(proxy, chirp.attributes(record), patience)
         except (chirp.ChirpError, UsageError) as e:
@@ -97,6 +113,7 @@ class Chirps:
             final = isinstance(e, UsageError) or e.final
             if final and self._jobs.get(job.spec.id) is job and job.row.terms.chirp is proxy:
                 self._set_terms(job, replace(job.row.terms, chirp=None))
-            return
+            return False
         if refused:
             self._news.trouble(job, f"its starter does not let through what is sent by Chirp: {', '.join(refused)}")
+        return True

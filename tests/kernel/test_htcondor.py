@@ -388,7 +388,7 @@ def test_a_starter_that_hangs_keeps_neither_ticks_nor_others_waiting(
         ok(served, "create", "--job", job)
         ok(served, "chirp", "--job", job, str(config))
     until(lambda: starter.connections == 2)
-    # It is being waited for. A tick in the meantime is over before the 10 s that this may take.
+    # It is being waited for. A tick in the meantime is over before the 5 s that this may take.
     assert served.ok("Snapshot")["seconds"] < 5
     finishing = subprocess.Popen(
         [*hook_argv(served), "finish", "--job", "7.0"],

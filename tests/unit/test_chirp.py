@@ -331,11 +331,14 @@ def test_another_starter_takes_the_place_of_the_first(
     async def scene(made: Scene) -> None:
         job = made.job()
         with Starter() as other:
-            made.chirps.take(job, proxy(starter))
+            for _ in range(50):
+                made.chirps.take(job, proxy(starter))
             await until(lambda: NAME in starter.updates)
-            made.chirps.take(job, proxy(other))
-            await until(lambda: len(asyncio.all_tasks()) == 2 + 1)
+            for _ in range(50):
+                made.chirps.take(job, proxy(other))
+            await until(lambda: other.connections > 0)
             before = starter.connections
+            assert len(asyncio.all_tasks()) <= 2 + 2  # ours, one of the job's, and what that waits for
             told = other.connections
             await until(lambda: other.connections > told + 3)
             assert starter.connections == before
@@ -510,3 +513,28 @@ f "
         assert starter.updates == {"ChirpA": "1"}
         file.write(b"x" * 6000)
         assert file.readline() == b"-5\n"
+
+
+def test_a_starter_that_hangs_is_tried_less_and_less_often(
+    play: Any, monkeypatch: pytest.MonkeyPatch, starter: Starter
+) -> None:
+    monkeypatch.setattr(chirps, "INTERVAL", 0.01)
+    monkeypatch.setattr(chirps, "_LONGEST", 0.04)
+    monkeypatch.setattr(chirps, "_PATIENCE", 0.005)
+    starter.mood = "silent"
+    waited: list[float] = []
+    wait_for = asyncio.wait_for
+
+    async def noted(awaitable: Any, timeout: float) -> Any:
+        waited.append(timeout)
+        return await wait_for(awaitable, timeout)
+
+    async def scene(made: Scene) -> None:
+        monkeypatch.setattr(chirps.asyncio, "wait_for", noted)  # type: ignore[attr-defined]
+        made.chirps.take(made.job(), proxy(starter))
+        await until(lambda: len(waited) >= 5)
+        starter.mood = "willing"
+        await until(lambda: waited[-1] == 0.01 and NAME in starter.updates)
+
+    play(scene)
+    assert waited[:5] == [0.0, 0.01, 0.02, 0.04, 0.04]
