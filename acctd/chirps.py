@@ -93,7 +93,7 @@ class Chirps:
                     told = await self._tell(job, proxy, record, _PATIENCE)
                 pause = INTERVAL if told else min(max(2 * pause, INTERVAL), _LONGEST)
         finally:
-            del self._changed[job.row.seq]
+            self._changed.pop(job.row.seq, None)
 
     async def _tell_last(self, job: Job, proxy: Proxy, record: Record) -> None:
         done = self._last[job.spec.id]
