@@ -406,6 +406,7 @@ class TestNotOfThePoints:
             (400, 'requestURI: /writ; unsupported path requested: "/writ"', "unsupported path"),
             (400, "<html><head><title>400 Bad Request</title></head></html>", "400 Bad Request"),
             (400, "<html>too long line</html>", "too long line"),
+            (400, '{"message":"Bad Request"}', "Bad Request"),
             (400, "", "nothing more"),
             (400, "[1]", "[1]"),
             (401, "", "token or password"),
