@@ -70,7 +70,8 @@ class Mark(msgspec.Struct, frozen=True, tag="mark", tag_field="kind"):
     """How far a ledger had come when export from it began: what is older is not sent. In events and records."""
 
     number: int
-    digest: str = ""
+    digest: str = ""  # of that record
+    time: float = 0.0  # of that event, s since the epoch
 
 
 Frame = Sample | AgentSample | EventFrame | RecordFrame | Mark

@@ -366,11 +366,11 @@ class Ledger:
         row = self._row("SELECT digest FROM record WHERE number = ?", number)
         return row[0] if row else None
 
-    def newest(self) -> tuple[int, str, int]:
-        """Number and digest of the last record, and the number of the last event; 0 and "" where there is none."""
-        record = self._row("SELECT number, digest FROM record ORDER BY number DESC LIMIT 1") or (0, "")
-        event = self._row("SELECT max(number) FROM event") or (None,)
-        return *record, event[0] or 0
+    def newest(self) -> tuple[int, str, Event]:
+        """Number and digest of the last record, and the last event; 0, "" and an event 0 where there is none."""
+        number, digest = self._row("SELECT number, digest FROM record ORDER BY number DESC LIMIT 1") or (0, "")
+        events = self.events(limit=1)
+        return number, digest, events[0] if events else Event(0, 0.0, None, None, "", "")
 
     def _decoded(self, number: int, body: bytes) -> Record:
         try:

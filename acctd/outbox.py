@@ -28,7 +28,8 @@ from acctd.frames import (
 from acctd.job import Job
 from acctd.ledger import Ledger
 from acctd.meter import State
-from acctd.model import Limits, Record
+from acctd.model import Limits
+from acctd.rows import Event
 from acctd.sinks import ExportConfig
 from acctd.spoolroom import SpoolRoom
 
@@ -46,7 +47,7 @@ class Outbox:
         self._time = 0  # of the newest sample
         self._nested: set[int] = set()  # jobs with families inside, as of this tick
         self._owners: dict[int, str] = {}
-        self._tidying = False
+        self._tidying = self._closed = False
         self.lost = 0
         """Samples that the disk did not take, since the agent's start."""
         self._wants_samples = bool(config.influxdb or config.prometheus) or any(
@@ -55,8 +56,8 @@ class Outbox:
 
     def begin(self, ledger: Ledger) -> None:
         """Mark where export begins, if it has not begun long ago. Raises LedgerError."""
-        self._last(RECORDS, ledger)
-        self._last(EVENTS, ledger)
+        for stream in (RECORDS, EVENTS):
+            self._last(stream, ledger)
 
     def begin_tick(self, jobs: Iterable[Job]) -> None:
         """All jobs are about to be read."""
@@ -81,30 +82,32 @@ class Outbox:
 
     async def follow(self, ledger: Ledger) -> None:
         """Copy the events and records that the spool has not. Raises LedgerError; the next time goes on from there."""
-        number, digest = self._last(RECORDS, ledger)
-        if number and ledger.digest(number) != digest:
-            number = 0  # another ledger, begun anew: all of it is new here
+        last = self._last(RECORDS, ledger)
+        # Where the ledger was begun anew, all of it is new here.
+        known = isinstance(last, RecordFrame | Mark) and ledger.digest(last.number) == (last.digest or None)
+        number = last.number if known else 0
         while records := ledger.records_after(number, _AT_ONCE):
-            frames = [RecordFrame(at, digest, self._now(), msgspec.Raw(body)) for at, digest, body in records]
-            self._room.writers[RECORDS].append([encode(frame) for frame in frames])
+            lines = [encode(RecordFrame(at, digest, self._now(), msgspec.Raw(body))) for at, digest, body in records]
+            self._owners |= {(who := _who(body)).uid: who.owner for *_, body in records}
+            self._room.writers[RECORDS].append(lines)
             number = records[-1][0]
             await asyncio.sleep(0)
-        event = self._last(EVENTS, ledger)[0]
-        while events := ledger.events(since=event, limit=_AT_ONCE):
-            lines = [
-                encode(EventFrame(e.number, e.time, e.event, e.text, e.job, e.uid, self._owners.get(e.uid or -1)))
-                for e in events
-            ]
-            self._room.writers[EVENTS].append(lines)
-            event = events[-1].number
+            if self._closed:
+                return  # the configuration was read again, and another outbox writes here now
+        number = self._last_event(ledger)
+        while events := ledger.events(since=number, limit=_AT_ONCE):
+            self._room.writers[EVENTS].append([encode(self._event(event)) for event in events])
+            number = events[-1].number
             await asyncio.sleep(0)
+            if self._closed:
+                return
 
     def follow_one(self, ledger: Ledger, job: str) -> None:
         """Copy the records of one job and no other's; for who accounts for one alone. Raises LedgerError."""
-        number = self._last(RECORDS, ledger)[0]
+        number = self._last(RECORDS, ledger).number
         while records := ledger.records_after(number, _AT_ONCE):
             for at, digest, body in records:
-                if msgspec.json.decode(body, type=Record).id == job:
+                if _who(body).id == job:
                     self._room.writers[RECORDS].append(
                         [encode(RecordFrame(at, digest, self._now(), msgspec.Raw(body)))]
                     )
@@ -123,6 +126,8 @@ class Outbox:
             self._tidying = False
 
     def close(self) -> None:
+        """Write nothing more."""
+        self._closed = True
         self._room.close()
 
     def _sample(self, jobs: Mapping[str, Job], job: Job) -> Sample:
@@ -154,22 +159,47 @@ class Outbox:
             self.lost += len(lines)
             self._trouble(e)
 
-    def _last(self, stream: str, ledger: Ledger) -> tuple[int, str]:
-        """The number, and of a record the digest, of the last row that the spool has; at first where the ledger is."""
+    def _last(self, stream: str, ledger: Ledger) -> RecordFrame | EventFrame | Mark:
+        """The last frame of events or records that the spool has; at first a mark where the ledger is."""
         writer = self._room.writers[stream]
         if writer.last is None:
-            number, digest, event = ledger.newest()
-            writer.append([encode(Mark(number, digest) if stream == RECORDS else Mark(event))])
-            return (number, digest) if stream == RECORDS else (event, "")
+            record, digest, event = ledger.newest()
+            mark = Mark(record, digest) if stream == RECORDS else Mark(event.number, "", event.time)
+            writer.append([encode(mark)])
+            return mark
         frame = decode(writer.last)
-        if isinstance(frame, RecordFrame | Mark):
-            return frame.number, frame.digest
-        return (frame.number, "") if isinstance(frame, EventFrame) else (0, "")
+        if isinstance(frame, RecordFrame | EventFrame | Mark):
+            return frame
+        raise LedgerError(f"the spool of {stream} has something else in it; move {self.config.spool_dir} away")
+
+    def _last_event(self, ledger: Ledger) -> int:
+        """After which event of the ledger to go on: from its first, where it is not the one that the last was of."""
+        last = self._last(EVENTS, ledger)
+        there = ledger.events(since=last.number - 1, limit=1) if last.number else []
+        # Old events go: where this one has gone, later ones are there, or it is another ledger.
+        same = bool(there) and (there[0].number != last.number or there[0].time == last.time)
+        return last.number if same else 0
+
+    def _event(self, event: Event) -> EventFrame:
+        owner = self._owners.get(event.uid) if event.uid is not None else None
+        return EventFrame(event.number, event.time, event.event, event.text, event.job, event.uid, owner)
 
     def _now(self) -> int:
         """ns since the epoch, never the same twice: two points of a series must not share a time."""
         self._time = max(time.time_ns(), self._time + 1)
         return self._time
+
+
+class _Who(msgspec.Struct):
+    """Of a record's body as much as is needed here."""
+
+    id: str
+    owner: str
+    uid: int
+
+
+def _who(body: bytes) -> _Who:
+    return msgspec.json.decode(body, type=_Who)
 
 
 def limits(of: Limits) -> dict[str, float | int]:

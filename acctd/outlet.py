@@ -40,14 +40,15 @@ class Outlet:
 
     async def end_tick(self, jobs: Mapping[str, Job], cost: Cost) -> None:
         """All have: leave what happened since the last tick, and what this one cost."""
-        if self._outbox is None:
+        if (outbox := self._outbox) is None:
             return
         try:
-            await self._outbox.follow(self._agent.ledger)
+            await outbox.follow(self._agent.ledger)
         except AcctdError as e:
             self._news.trouble(None, e)
-        self._outbox.agent(self._agent.config.poll_interval, cost.published(len(jobs)))
-        self._errands.begin(self._outbox.tidy())
+        if outbox is self._outbox:
+            outbox.agent(self._agent.config.poll_interval, cost.published(len(jobs)))
+            self._errands.begin(outbox.tidy())
 
     def close(self) -> None:
         if self._outbox is not None:

@@ -48,6 +48,7 @@ def log_to_stderr() -> None:
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(_Priority("%(message)s") if is_journal(sys.stderr.fileno()) else plain)
     log.addHandler(handler)
+    log.propagate = False  # libraries give the root logger handlers of their own
     log.setLevel(logging.INFO)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from acctd import spool
-from acctd.frames import EVENTS, RECORDS, SAMPLES, STREAMS, RecordFrame, Sample, decode
+from acctd.frames import EVENTS, RECORDS, SAMPLES, STREAMS, EventFrame, RecordFrame, Sample, decode
 from acctd.ledger import FILE, Ledger
 from lab.topology import Topology
 from tests.kernel.conftest import Node, make_node
@@ -187,6 +187,11 @@ def test_a_ledger_that_is_begun_anew_is_sent_whole(exported: Served, sleeper: Sl
 
     until(lambda: len(names()) == 2)
     assert names() == ["before", "after"]
+    with Ledger(exported.node.directory / "state" / FILE) as ledger:
+        wanted = [(event.number, event.time) for event in ledger.events()]
+    sent = until(lambda: [(f.number, f.time) for f in spooled(exported, EVENTS) if isinstance(f, EventFrame)])
+    assert sent[-len(wanted) :] == wanted, "numbered anew, and all there"
+    assert {f.owner for f in spooled(exported, EVENTS) if isinstance(f, EventFrame) and f.job} == {"root"}
 
 
 def test_a_job_of_acctd_run_is_in_the_series_of_the_agent(exported: Served) -> None:

@@ -134,7 +134,7 @@ def test_a_manager_that_is_gone_is_no_end(
 def test_every_line_has_its_priority() -> None:
     """A traceback is many entries in the journal."""
     record = logging.LogRecord("acctd", logging.ERROR, "", 0, "tick failed\nfor a reason", None, None)
-    assert serve._Priority("%(message)s").format(record) == "<3>tick failed\n<3>for a reason"
+    assert service._Priority("%(message)s").format(record) == "<3>tick failed\n<3>for a reason"
 
 
 def test_the_journal_is_known_by_its_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,12 @@ def test_paths_are_the_same_everywhere() -> None:
     place = settings(UNITS / "acctd-jobs.service")["Slice"][0] + "/acctd-jobs.service"
     assert shipped.cgroup.base == f"{place}/jobs"
     made = re.findall(r"^d (\S+)", (UNITS / "acctd.tmpfiles").read_text(), re.MULTILINE)
-    assert made == [str(default.runtime_dir), f"{default.runtime_dir}/unaccounted", str(default.state_dir)]
+    state, runtime = default.state_dir, default.runtime_dir
+    assert made == [str(runtime), f"{runtime}/unaccounted", str(state), str(default.export.spool_dir)]
+    exporter = settings(UNITS / "acctd-export.service")
+    assert [f"/var/lib/{exporter['StateDirectory'][0]}"] == [str(default.export.positions_dir)]
+    assert exporter["User"] == [shipped.export.group]
+    assert f"u {shipped.export.group} " in (UNITS / "acctd.sysusers").read_text()
 
 
 @pytest.mark.parametrize("name", HARDENING)
