@@ -1,6 +1,8 @@
 """From a spool to a real Prometheus that scrapes it: every declared metric comes back by query, equal to the frame."""
 
+import re
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from exporters.prometheus import LIMITS, Exposition
 from exporters.scrape import Scrape
 from tests.db.conftest import Prometheus, until
 
+REPO = Path(__file__).parents[2]
 LABELS = {
     (): ("",),
     ("device",): ("8:0", "253:1"),
@@ -175,3 +178,50 @@ def test_promtool_finds_nothing_to_say(node: Node) -> None:
     text = node.exposition.render(False)
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def yaml(page: str, begin: str) -> list[str]:
+    """What a page's examples have from a line that begins so, at any depth, to the end of what belongs to it."""
+    found = []
+    for block in re.findall(r"^```yaml\n(.*?)^```", (REPO / "docs" / page).read_text(), re.MULTILINE | re.DOTALL):
+        for match in re.finditer(rf"^( *){begin}.*\n(?:\1 .*\n|\n)*", block, re.MULTILINE):
+            found.append(textwrap.dedent(match[0]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("page", "begin", "check", "count"),
+    [
+        ("prometheus.md", "scrape_configs:", "config", 2),
+        ("prometheus.md", "groups:", "rules", 1),
+        ("opentelemetry.md", "scrape_configs:", "config", 1),
+    ],
+)
+def test_promtool_reads_what_the_pages_show(tmp_path: Path, page: str, begin: str, check: str, count: int) -> None:
+    parts = yaml(page, begin)
+    assert len(parts) == count
+    for part in parts:
+        (tmp_path / "a.yml").write_text(part)
+        argv = ["promtool", "check", check, str(tmp_path / "a.yml")]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_questions_of_the_page_have_answers(node: Node, prometheus: Prometheus) -> None:
+    text = (REPO / "docs" / "prometheus.md").read_text().partition("## Questions")[2].partition("```yaml")[0]
+    questions = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(questions) == 3
+
+    def asked() -> bool:
+        # Time goes on, or there is no rate.
+        totals = {
+            "cpu_user": {"": time.monotonic_ns()},
+            "network": {"OutgoingExternal": time.monotonic_ns()},
+            "memory_resident": {"": 95},
+        }
+        node.leave(sample("1.0", totals, limits={"memory": 100}, tags={"account": "phys"}))
+        return all(prometheus.query(question) for question in questions)
+
+    until(asked)
+    (row,) = prometheus.query(questions[1])
+    assert row["metric"] == {"owner": "alice", "class": "External"}

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from exporters.board import LABELS_MOST, Board
 from exporters.delivery import Delivery, UnavailableError
 from exporters.prometheus import AGENT, LIMITS, Exposition
 
+REPO = Path(__file__).parents[2]
 LABELS = {(): ("",), ("device",): ("8:0", "8:16"), ("mount",): ("/data", '/my "own"\\040\n'),
           ("class", "direction"): ("OutgoingInternal", "IncomingInternal", "Loopback")}  # fmt: skip
 
@@ -244,6 +246,7 @@ def test_a_job_has_at_most_so_many_series_as_the_page_says():
     own = [labels for _, labels in seen if ("jobid", "1.0") in labels]
     by_kind = [LABELS_MOST[metric.labels[0]] + 1 if metric.labels else 1 for metric in CATALOGUE]
     assert len(own) == sum(by_kind) + len(LIMITS) + 1
+    assert f"**It never has more than {len(own)}**" in (REPO / "docs" / "prometheus.md").read_text()
     assert seen[key("acctd_job_nfs_read_bytes_total", jobid="1.0", mount="other")] == 500 - LABELS_MOST["mount"]
 
 
