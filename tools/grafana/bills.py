@@ -4,7 +4,7 @@ In InfluxDB it is made of records: exact, each job once, on the day it ended. Pr
 made of counters, on the day the bytes flowed, and lacks what happened while nobody scraped.
 """
 
-from tools.grafana import influxql
+from tools.grafana import flux, influxql
 from tools.grafana.boards import traffic
 from tools.grafana.intents import Flow, Records, Text
 from tools.grafana.panels import COUNT, GIGABYTES, SECONDS, TO_USER, Board, Column, Panel, Row
@@ -47,7 +47,7 @@ BILL = Board(
                     stacked=True,
                     daily=True,
                 ),
-                traffic("jobs"),
+                traffic("jobs", ()),
             ),
         ),
         Row(
@@ -130,6 +130,21 @@ BILL = Board(
                             'SELECT "job", "host", "owner", "network_Outgoing${class:raw}_bytes" AS "Outgoing", '
                             '"network_Incoming${class:raw}_bytes" AS "Incoming", "wall_ns" / 1000000000 AS "Wall time" '
                             f"{influxql.RECORD} ORDER BY time DESC LIMIT 100",
+                            "\n  ".join(
+                                (
+                                    'from(bucket: "${records}")',
+                                    flux.RANGE,
+                                    f'|> filter(fn: (r) => r._measurement == "acctd_record" and {flux.WHERE["jobs"]})',
+                                    '|> pivot(rowKey: ["_time"], columnKey: ["_field"], valueColumn: "_value")',
+                                    "|> group()",
+                                    '|> sort(columns: ["_time"], desc: true)',
+                                    "|> limit(n: 100)",
+                                    "|> map(fn: (r) => ({_time: r._time, job: r.job, host: r.host, owner: r.owner, "
+                                    'Outgoing: r["network_Outgoing${class:raw}_bytes"], '
+                                    'Incoming: r["network_Incoming${class:raw}_bytes"], "Wall time": '
+                                    "float(v: r.wall_ns) / 1000000000.0}))",
+                                )
+                            ),
                         ),
                     ),
                     columns=(

@@ -14,11 +14,13 @@ from tools.grafana.panels import (
     SECONDS,
     SHARE,
     TO_BILL,
+    TO_BILL_OF_CLASS,
     TO_JOB,
     TO_NODE,
     TO_USER,
     Board,
     Column,
+    Link,
     Panel,
     Row,
 )
@@ -44,7 +46,7 @@ def memory(scope: Scope) -> tuple[Query, ...]:
     return tuple(Ask(kind, (of(metric),), "level", scope) for kind, metric in KINDS)
 
 
-def traffic(scope: Scope) -> Panel:
+def traffic(scope: Scope, links: tuple[Link, ...] = (TO_BILL_OF_CLASS,)) -> Panel:
     return Panel(
         "Network",
         "Bytes a second by class and direction, IP headers included; what comes in is below the axis.",
@@ -52,7 +54,7 @@ def traffic(scope: Scope) -> Panel:
         BYTES_PER_SECOND,
         (Ask("{direction} {class}", NETWORK, "rate", scope, ("class", "direction")),),
         below="^incoming",
-        links=(TO_BILL,) if scope == "jobs" else (),
+        links=links,
     )
 
 
@@ -235,7 +237,7 @@ JOB = Board(
                                 ("job", "host", "owner", "scheduler", "parent"),
                             ),
                             "max by (instance, jobid, owner, scheduler, parent) (last_over_time(acctd_job_info{"
-                            'cluster=~"$cluster",instance=~"$host",jobid=~"$job"}[$__range]) * on (job, instance, '
+                            'cluster=~"$cluster",instance=~"$host",jobid="$job"}[$__range]) * on (job, instance, '
                             "jobid) group_left () last_over_time(acctd_job_pids_peak[$__range]))",
                             instant=True,
                         ),

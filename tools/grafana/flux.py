@@ -57,7 +57,7 @@ def _ask(ask: Ask) -> str:
     lines.append("|> count()" if ask.how == "count" else "|> sum()")
     if when:
         lines += [f"|> group(columns: [{', '.join(by)}])", '|> sort(columns: ["_time"])']
-    if ask.number.per_unit != 1:
+    if ask.number.per_unit != 1 and ask.how != "count":
         lines.append(f"|> map(fn: (r) => ({{r with _value: float(v: r._value) / {ask.number.per_unit}.0}}))")
     return "\n  ".join(lines)
 

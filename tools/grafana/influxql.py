@@ -38,7 +38,7 @@ def alias(legend: str) -> str:
 def _ask(ask: Ask) -> str:
     by = "".join(f', "{name}"' for name in ask.by)
     where = f'FROM "{ask.number.measurement}" WHERE $timeFilter AND {WHERE[ask.scope]}'
-    scale = f" / {ask.number.per_unit}" if ask.number.per_unit != 1 else ""
+    scale = f" / {ask.number.per_unit}" if ask.number.per_unit != 1 and ask.how != "count" else ""
     shape = {
         "level": 'last("{}")',
         "rate": 'non_negative_derivative(last("{}"), 1s)',

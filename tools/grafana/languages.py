@@ -161,7 +161,7 @@ class PromQL(Language):
         return {"qryType": 1, "query": f"label_values({of[variable]})", "refId": "PrometheusVariableQueryEditor"}
 
     def mark(self, scope: str) -> JSON:
-        jobs = ',jobid=~"$job"' if scope == "job" else ""
+        jobs = ',jobid="$job"' if scope == "job" else ""
         return {
             "expr": f'increase(acctd_job_memory_oom_kills_total{{instance=~"$host"{jobs}}}[$__rate_interval]) > 0',
             "titleFormat": "out of memory",

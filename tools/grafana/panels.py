@@ -25,6 +25,7 @@ class Link:
 TO_JOB = Link("job", (("job", "job"), ("host", "host"), ("user", "owner")))
 TO_USER = Link("user", (("user", "owner"),))
 TO_BILL = Link("bill", (("user", "owner"),))
+TO_BILL_OF_CLASS = Link("bill", (("class", "class"),))
 TO_NODE = Link("node", (("host", "host"),))
 TO_AGENT = Link("agent", (("host", "host"),))
 

@@ -7,12 +7,12 @@ LABELS = {"host": "instance", "job": "jobid"}
 
 _INFO = {
     "jobs": 'acctd_job_info{cluster=~"$cluster",instance=~"$host",owner=~"$user",parent="-"}',
-    "job": 'acctd_job_info{cluster=~"$cluster",instance=~"$host",jobid=~"$job"}',
-    "inside": 'acctd_job_info{cluster=~"$cluster",instance=~"$host",parent=~"$job"}',
+    "job": 'acctd_job_info{cluster=~"$cluster",instance=~"$host",jobid="$job"}',
+    "inside": 'acctd_job_info{cluster=~"$cluster",instance=~"$host",parent="$job"}',
 }
 _OF = {
     "jobs": '{instance=~"$host"}',
-    "job": '{instance=~"$host",jobid=~"$job"}',
+    "job": '{instance=~"$host",jobid="$job"}',
     "inside": '{instance=~"$host"}',
     "agent": '{instance=~"$host"}',
 }
