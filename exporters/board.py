@@ -17,7 +17,7 @@ import msgspec
 from acctd.errors import UsageError
 from acctd.frames import AgentSample, EventFrame, Frame, Mark, RecordFrame, Sample, tag
 from acctd.meter import State
-from acctd.metrics import BY_NAME
+from acctd.metrics import CATALOGUE
 from acctd.model import CLASSES_MAX, INT64_MAX, check_job_id
 
 JOBS_MOST = 10_000
@@ -28,6 +28,7 @@ REST = "other"
 TEXT_MOST = 256  # characters of a label: a scraper that has a limit refuses all of a node for one longer one
 LIMITS = ("memory", "memory_soft", "swap", "cpus", "pids")
 
+_KINDS = {metric.name: metric.labels[0] if metric.labels else "" for metric in CATALOGUE}
 _NUMBERS_MOST = 128  # of an agent
 _INTERVAL = 10.0  # s between two ticks, until the agent has said so
 _INTERVAL_MOST = 86400.0
@@ -182,9 +183,8 @@ class Board:
         """What of them can be shown; a metric that this version does not declare means nothing to it."""
         found: State = {}
         for name, values in totals.items():
-            if (metric := BY_NAME.get(name)) is None:
+            if (kind := _KINDS.get(name)) is None:
                 continue
-            kind = metric.labels[0] if metric.labels else ""
             fit = {label: value for label, value in values.items() if 0 <= value <= INT64_MAX and (kind or not label)}
             self._errors += len(values) - len(fit)
             found[name] = self._by_label(kind, fit, stacked, apart.setdefault(kind, {})) if kind else fit

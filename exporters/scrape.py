@@ -28,6 +28,7 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 CLIENTS_MOST = 32
 _HEAD_MOST = 8192  # bytes
 _ASKING, _TAKING, _LEAVING = 5.0, 30.0, 1.0  # s for a request to arrive, an answer to be taken, and a client to go
+_KEPT_MOST = 64 * 2**20  # bytes of answers that are not taken yet
 _RETRY = 1.0  # s until a connection is accepted again where the process has no descriptor left
 _SOCKET_MODE = 0o660  # its group may ask, too
 _PAGE = b'<!doctype html><title>acctd</title><p>acctd: <a href="/metrics">metrics</a></p>\n'
@@ -72,7 +73,6 @@ class Scrape:
         self._address, self._render = sink.address, render
         self._thread = threading.Thread(target=self._run, name="scrape")
         self._clients: dict[socket.socket, _Client] = {}
-        self._selector = selectors.DefaultSelector()
         self._rendered: dict[tuple[bool, bool], bytes] = {}
         self._accepting = False
         self._accept_after = 0.0  # s, monotonic
@@ -82,6 +82,7 @@ class Scrape:
         self._listener = listen(self._address)
         self._listener.setblocking(False)
         self._bell, self._ringer = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
         self._selector.register(self._bell, selectors.EVENT_READ)
         self._thread.start()
         if isinstance(self._address, str):
@@ -171,6 +172,9 @@ class Scrape:
             pass
         except OSError:
             self._drop(client)  # it went
+        except Exception:
+            log.exception("a scrape failed")  # a defect of ours; the others are served on
+            self._drop(client)
 
     def _read(self, client: _Client) -> None:
         data = client.connection.recv(_HEAD_MOST)
@@ -213,6 +217,7 @@ class Scrape:
             return _response(405, TEXT, b"this can be read and no more\n", "Allow: GET, HEAD\r\n")
         if request.path == "/":
             return _response(200, "text/html; charset=utf-8", _PAGE, only_head=only_head)
+        self._make_room()
         openmetrics = wants_openmetrics(request.headers.get("accept", ""))
         packed = wants_gzip(request.headers.get("accept-encoding", ""))
         try:
@@ -222,6 +227,17 @@ class Scrape:
             return _response(500, TEXT, b"see the log of acctd export\n", only_head=only_head)
         more = "Vary: Accept, Accept-Encoding\r\n" + ("Content-Encoding: gzip\r\n" if packed else "")
         return _response(200, OPENMETRICS if openmetrics else TEXT, body, more, only_head=only_head)
+
+    def _make_room(self) -> None:
+        """Who is slow to take its answer has it kept in memory: the slowest go first."""
+        for client in sorted(self._clients.values(), key=lambda each: each.until):
+            kept = {
+                id(view.obj): memoryview(view.obj).nbytes for each in self._clients.values() for view in each.answer
+            }
+            if sum(kept.values()) <= _KEPT_MOST:
+                return
+            if client.answer:
+                self._drop(client)
 
     def _body(self, openmetrics: bool, packed: bool) -> bytes:
         """Rendered once for all whose requests were there at one moment."""

@@ -236,6 +236,27 @@ def test_who_does_not_take_its_answer_is_cut_off(served, monkeypatch):
     assert fetch(server.url, Accept="application/openmetrics-text")[2] == big
 
 
+def test_answers_that_are_not_taken_are_bounded_and_the_slowest_go_first(served, monkeypatch):
+    monkeypatch.setattr(module, "_KEPT_MOST", 40_000_000)
+    server = served(lambda _: bytes(16_000_000))  # more than a socket's buffers hold, and a new one each time
+    slow = []
+    for _ in range(6):
+        slow.append(connect(server))
+        slow[-1].sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert slow[-1].recv(15) == b"HTTP/1.1 200 OK"
+    assert len(fetch(server.url)[2]) == 16_000_000
+    got = []
+    for connection in slow:
+        try:
+            got.append(len(rest_of(connection)) > 16_000_000)
+        except ConnectionResetError:
+            got.append(False)
+        connection.close()
+    assert got == sorted(got)
+    assert got[0] is False
+    assert got[-1] is True
+
+
 def test_who_hangs_up_in_the_middle_costs_nothing(served):
     server = served(lambda _: b"x" * 16_000_000)
     for _ in range(5):
