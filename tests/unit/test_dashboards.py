@@ -5,15 +5,13 @@ import json
 import re
 import time
 import types
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-from grafana_foundation_sdk.cog import plugins
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models import dashboard, prometheus, units
 
 from acctd.frames import AgentSample, Sample
 from acctd.metrics import CATALOGUE
@@ -23,15 +21,19 @@ from exporters.lineprotocol import record_field
 from exporters.prometheus import AGENT, LIMITS, Exposition
 from tools.grafana.__main__ import BOARDS, files
 
+with warnings.catch_warnings():
+    # It advises the newer of the two forms that Grafana takes, which Grafana 10 and 11 do not know.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from grafana_foundation_sdk.cog import plugins
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.models import dashboard, prometheus, units
+
 HERE = Path(__file__).parents[2] / "dashboards"
 FILES = files()
 DOCUMENTS = {name: json.loads(text) for name, text in FILES.items()}
 UIDS = {document["uid"]: document for document in DOCUMENTS.values()}
 LANGUAGES = ("influxql", "flux", "prometheus")
 TAGS = {"cluster", "host", "owner", "scheduler", "job", "parent", "event", "class", "direction", "device", "mount"}
-
-# Of the two forms Grafana takes, the files are of the one that Grafana 10 and 11 know, too.
-pytestmark = pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")
 
 every = pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS.keys())
 of_influx = pytest.mark.parametrize(
