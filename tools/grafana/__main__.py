@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tools.grafana.agents import AGENT
 from tools.grafana.bills import BILL
-from tools.grafana.boards import JOB, NODE, USER
+from tools.grafana.boards import NODE, USER
 from tools.grafana.document import document
+from tools.grafana.jobs import JOB
 from tools.grafana.languages import LANGUAGES
 
 BOARDS = (JOB, USER, BILL, NODE, AGENT)

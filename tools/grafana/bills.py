@@ -5,9 +5,9 @@ made of counters, on the day the bytes flowed, and lacks what happened while nob
 """
 
 from tools.grafana import flux, influxql
-from tools.grafana.boards import traffic
 from tools.grafana.intents import Flow, Records, Text
 from tools.grafana.panels import COUNT, GIGABYTES, SECONDS, TO_USER, Board, Column, Panel, Row
+from tools.grafana.parts import traffic
 
 _FROM = "InfluxDB: of jobs that ended in the time, from their records. Prometheus: what flowed in the time."
 
