@@ -55,8 +55,9 @@ bench: $(READY) ## all benchmarks; their tables belong into docs/performance.md
 	$(RUN) -m bench.ingest
 	$(RUN) -m bench.scrape
 
-docs: $(READY) ## make docs/metrics.md anew from the metric catalogue
+docs: $(READY) ## make docs/metrics.md and dashboards/ anew from what they are made of
 	$(RUN) -m exporters.reference > docs/metrics.md
+	$(RUN) -m tools.grafana dashboards
 
 man: $(READY) ## make the manual pages in man/
 	$(RUN) -m acctd.cli.manual man

@@ -50,10 +50,7 @@ class Exporter:
         self.stop()
 
     def start(self, *, until_empty: bool = False) -> None:
-        """Begin all sinks; with `until_empty` each ends once it has delivered what there is, and nothing is served.
-
-        Raises UsageError, InUseError or NotPermittedError where /metrics cannot be served.
-        """
+        """Begin all sinks; with `until_empty` each ends once it has delivered what there is, and nothing is served."""
         if until_empty:
             self.end_when_empty()
         for sink in self._sinks():
@@ -95,12 +92,12 @@ class Exporter:
     def stop(self) -> None:
         """End all. A request under way is waited for, as long as its sink's timeout lets it."""
         self._stopping.set()
-        if self._scraped is not None:
-            for each in self._scraped:
-                each.close()
         for delivery in list(self.deliveries.values()):
             delivery.stop()
         self.join()
+        if self._scraped is not None:
+            for each in self._scraped:
+                each.close()
 
     def _serve(self, sink: PrometheusSink) -> None:
         from exporters.board import Board
@@ -111,9 +108,24 @@ class Exporter:
         board = Board(grace=sink.grace, scheduler=self._config.scheduler)
         follower = Follower(board, self._config.spool_dir)
         scrape = Scrape(sink, Exposition(board, self._config.cluster, self.deliveries).render)
-        log.info("serving %s", scrape.start())
         follower.start()
         self._scraped = follower, scrape
+        thread = threading.Thread(target=self._listen, args=(scrape,), name="listen")
+        self._threads.append(thread)
+        thread.start()
+
+    def _listen(self, scrape: "Scrape") -> None:
+        """An address may come up after us, or be another's for a while; the sinks go on meanwhile."""
+        told = ""
+        while not self._stopping.is_set():
+            try:
+                log.info("serving %s", scrape.start())
+                return
+            except AcctdError as e:
+                if str(e) != told:
+                    log.error("[prometheus]: %s; trying again", e)
+                    told = str(e)
+            self._stopping.wait(_AGAIN)
 
     def _sinks(self) -> tuple[InfluxSink | JsonSink, ...]:
         return (*self._config.influxdb, *self._config.json)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
-from acctd import __version__, family
+from acctd import __version__, family, spool
 from acctd.errors import AcctdError, LedgerError
 from acctd.frames import (
     EVENTS,
@@ -87,7 +87,7 @@ class Outbox:
         known = isinstance(last, RecordFrame | Mark) and ledger.digest(last.number) == (last.digest or None)
         number = last.number if known else 0
         while records := ledger.records_after(number, _AT_ONCE):
-            lines = [encode(RecordFrame(at, digest, self._now(), msgspec.Raw(body))) for at, digest, body in records]
+            lines = [encode(RecordFrame(at, digest, self._now(), _body(body))) for at, digest, body in records]
             self._owners |= {(who := _who(body)).uid: who.owner for *_, body in records}
             self._room.writers[RECORDS].append(lines)
             number = records[-1][0]
@@ -108,9 +108,7 @@ class Outbox:
         while records := ledger.records_after(number, _AT_ONCE):
             for at, digest, body in records:
                 if _who(body).id == job:
-                    self._room.writers[RECORDS].append(
-                        [encode(RecordFrame(at, digest, self._now(), msgspec.Raw(body)))]
-                    )
+                    self._room.writers[RECORDS].append([encode(RecordFrame(at, digest, self._now(), _body(body)))])
             number = records[-1][0]
 
     async def tidy(self) -> None:
@@ -167,10 +165,11 @@ class Outbox:
             mark = Mark(record, digest) if stream == RECORDS else Mark(event.number, "", event.time)
             writer.append([encode(mark)])
             return mark
-        frame = decode(writer.last)
-        if isinstance(frame, RecordFrame | EventFrame | Mark):
+        if (frame := _frame(writer.last)) is not None:
             return frame
-        raise LedgerError(f"the spool of {stream} has something else in it; move {self.config.spool_dir} away")
+        # A power cut leaves lines of nothing. Where no line is whole, all that the ledger has is sent again.
+        lines = spool.backwards(self.config.spool_dir / stream)
+        return next((frame for line in lines if (frame := _frame(line)) is not None), Mark(0))
 
     def _last_event(self, ledger: Ledger) -> int:
         """After which event of the ledger to go on: from its first, where it is not the one that the last was of."""
@@ -190,6 +189,15 @@ class Outbox:
         return self._time
 
 
+def _frame(line: bytes) -> RecordFrame | EventFrame | Mark | None:
+    """What a line of events or records is; None for one that no agent has written whole."""
+    try:
+        frame = decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return frame if isinstance(frame, RecordFrame | EventFrame | Mark) else None
+
+
 class _Who(msgspec.Struct):
     """Of a record's body as much as is needed here."""
 
@@ -198,8 +206,22 @@ class _Who(msgspec.Struct):
     uid: int
 
 
+_NOBODY = _Who("", "-", -1)
+"""Of a record that was altered after it was signed; `acctd show` says so."""
+
+
 def _who(body: bytes) -> _Who:
-    return msgspec.json.decode(body, type=_Who)
+    try:
+        return msgspec.json.decode(body, type=_Who)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return _NOBODY
+
+
+def _body(body: bytes) -> msgspec.Raw:
+    """As it was signed; what was altered beyond reading as a JSON string, that the line stays one."""
+    if b"\n" in body or _who(body) is _NOBODY:
+        return msgspec.Raw(msgspec.json.encode(body.decode(errors="replace")))
+    return msgspec.Raw(body)
 
 
 def limits(of: Limits) -> dict[str, float | int]:

@@ -2,6 +2,7 @@
 configuration says otherwise. An outbox that cannot be had, or written, is told of and keeps no job from its account.
 """
 
+import logging
 from collections.abc import Mapping
 
 from acctd.agent import Agent
@@ -11,6 +12,8 @@ from acctd.errors import AcctdError
 from acctd.job import Job
 from acctd.news import News
 from acctd.outbox import Outbox
+
+log = logging.getLogger("acctd")
 
 
 class Outlet:
@@ -22,8 +25,8 @@ class Outlet:
         self._outbox = self._opened()
 
     def reconfigure(self) -> None:
-        """The agent has another configuration."""
-        if self._agent.config.export != self._config:
+        """The agent has another configuration, or is to try again what it could not do."""
+        if self._agent.config.export != self._config or self._outbox is None:
             self.close()
             self._config = self._agent.config.export
             self._outbox = self._opened()
@@ -44,8 +47,11 @@ class Outlet:
             return
         try:
             await outbox.follow(self._agent.ledger)
-        except AcctdError as e:
+        except (AcctdError, OSError) as e:
             self._news.trouble(None, e)
+        except Exception as e:  # a defect of ours in here must not keep the spool from being tidied
+            log.exception("events and records do not get into the spool")
+            self._news.trouble(None, repr(e))
         if outbox is self._outbox:
             outbox.agent(self._agent.config.poll_interval, cost.published(len(jobs)))
             self._errands.begin(outbox.tidy())
@@ -61,6 +67,9 @@ class Outlet:
             outbox = Outbox(self._config, lambda error: self._news.trouble(None, error))
             outbox.begin(self._agent.ledger)
             return outbox
-        except AcctdError as e:
+        except (AcctdError, OSError) as e:
             self._news.trouble(None, f"nothing is exported until the next reload: {e}")
-            return None
+        except Exception as e:  # a defect of ours in here must not cost the node its agent
+            log.exception("the outbox cannot be had")
+            self._news.trouble(None, f"nothing is exported until the next reload: {e!r}")
+        return None

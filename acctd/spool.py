@@ -10,21 +10,29 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from msgspec import Meta
 
 from acctd.errors import LedgerError
-from acctd.kernel import libc
+from acctd.kernel import libc, private
 
 SEGMENT_BYTES = 8 * 2**20
 _PARTIAL = ".partial"
+_LOST_MOST = 1_000_000  # lines that a reader may have seen, and a power cut taken
 _READ = 2**20
 _PIECE = 2**12  # what is lost of a damaged one at most, as compressed
 _NAME = re.compile(r"(\d{20})\.jsonl(\.gz)?\Z")
 _GZIP = 31  # zlib's window bits for a gzip header and the largest window
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNTOLD = (errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system that cannot reserve room
+
+
+_Number = Annotated[int, Meta(ge=0, le=2**62)]
+"""Also where it is read from a file that another user wrote: it must do for a segment's name, and leave room above."""
 
 
 class Segment(NamedTuple):
@@ -38,9 +46,9 @@ class Segment(NamedTuple):
 class Position(NamedTuple):
     """How far a reader is: the number of the next line, and where that was seen to be."""
 
-    number: int = 0
-    segment: int = 0
-    offset: int = 0  # bytes into the segment as it was written, before it was compressed
+    number: _Number = 0
+    segment: _Number = 0
+    offset: _Number = 0  # bytes into the segment as it was written, before it was compressed
 
 
 class Batch(NamedTuple):
@@ -91,7 +99,7 @@ class Writer:
         self._fd: int | None = None
         self._size = 0
         self._last: bytes | None = None
-        self.next = at_least
+        self.next = 0
         self._kept = -1  # the newest segment with a line in it
         for leftover in directory.glob(f"*{_PARTIAL}"):
             leftover.unlink(missing_ok=True)  # whoever compressed it died
@@ -101,6 +109,8 @@ class Writer:
             if lines:
                 self._last, self._kept = lines[-1], segment.first
                 break
+        if not self.next or at_least - self.next <= _LOST_MOST:  # what is beyond that, no power cut has done
+            self.next = max(self.next, at_least)
 
     @property
     def last(self) -> bytes | None:
@@ -119,9 +129,8 @@ class Writer:
                 fd = self._begin_segment()
             self._write(fd, data)
         except OSError as e:
-            raise LedgerError(
-                f"cannot write to the spool {self._directory} ({e.strerror}); see that there is room"
-            ) from e
+            hint = "see that there is room" if e.errno in _FULL else "see its owner and mode"
+            raise LedgerError(f"cannot write to the spool {self._directory} ({e.strerror}); {hint}") from e
         if not self._size:
             self._kept = self.next
         self._size += len(data)
@@ -129,6 +138,8 @@ class Writer:
         self._last = lines[-1]
 
     def _begin_segment(self) -> int:
+        if not self._directory.exists():
+            make_directory(self._directory, self._group)  # somebody has cleared the spool by hand
         path = self._directory / f"{self.next:020d}.jsonl"
         # There may be one of a dead writer's, without a whole line; somebody may have it open.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -170,6 +181,15 @@ class Writer:
             self._fd = None
 
 
+def make_directory(directory: Path, group: int | None) -> None:
+    """The place of a stream, which root alone writes, and a group reads. Raises OSError and AcctdError."""
+    private.make(directory.parent)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if group is not None:
+        os.chown(directory, -1, group)
+        directory.chmod(0o750)
+
+
 def size(directory: Path) -> int:
     """Bytes on disk of a stream."""
     total = 0
@@ -177,6 +197,12 @@ def size(directory: Path) -> int:
         with suppress(FileNotFoundError):
             total += segment.path.stat().st_size
     return total
+
+
+def backwards(directory: Path) -> Iterator[bytes]:
+    """All lines of a stream, the newest first. Raises OSError."""
+    for segment in reversed(segments(directory)):
+        yield from reversed(content(segment).split(b"\n")[:-1])
 
 
 def backlog(directory: Path, position: Position) -> int:

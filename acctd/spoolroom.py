@@ -5,7 +5,6 @@ then the oldest events; records never. Whoever had not read what goes sees from 
 """
 
 import grp
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +13,6 @@ from pathlib import Path
 from acctd import spool
 from acctd.errors import AcctdError, NotFoundError
 from acctd.frames import EVENTS, SAMPLES, STREAMS
-from acctd.kernel import private
 from acctd.sinks import ExportConfig
 from exporters import positions
 
@@ -31,17 +29,18 @@ class SpoolRoom:
         self.bytes = 0
         """As of the last tidy()."""
         group = _gid(config.group)
-        private.make(config.spool_dir)
         furthest = positions.furthest(config.positions_dir)
-        self.writers = {
-            stream: spool.Writer(
-                _directory(config.spool_dir / stream, group),
-                at_least=furthest[stream],
-                group=group,
-                segment_bytes=min(spool.SEGMENT_BYTES, config.spool_max // _SEGMENTS_A_BOUND),
-            )
-            for stream in STREAMS
-        }
+        try:
+            self.writers = {
+                stream: self._writer(config.spool_dir / stream, furthest[stream], group) for stream in STREAMS
+            }
+        except OSError as e:
+            raise AcctdError(f"cannot use the spool {config.spool_dir} ({e}); choose another export.spool_dir") from e
+
+    def _writer(self, directory: Path, at_least: int, group: int | None) -> spool.Writer:
+        spool.make_directory(directory, group)
+        most = min(spool.SEGMENT_BYTES, self._config.spool_max // _SEGMENTS_A_BOUND)
+        return spool.Writer(directory, at_least=at_least, group=group, segment_bytes=most)
 
     def tidy(self) -> None:
         """Make room. Raises OSError where a file can be neither removed nor compressed; the rest is done then."""
@@ -101,17 +100,6 @@ def _size(segment: spool.Segment) -> int:
     with suppress(FileNotFoundError):
         return segment.path.stat().st_size
     return 0
-
-
-def _directory(path: Path, group: int | None) -> Path:
-    try:
-        path.mkdir(mode=0o700, exist_ok=True)
-        if group is not None:
-            os.chown(path, -1, group)
-            path.chmod(0o750)
-    except OSError as e:
-        raise AcctdError(f"cannot make the spool {path} ({e.strerror}); choose another export.spool_dir") from e
-    return path
 
 
 def _gid(group: str | None) -> int | None:

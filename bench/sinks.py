@@ -161,7 +161,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--ticks", type=int, default=50, help="in each turn")
     parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--quick", action="store_true", help="small figures: does it run at all?")
     options = parser.parse_args()
+    if options.quick:
+        options.jobs, options.ticks, options.turns = 3, 3, 1
     with standing(options.jobs, interval=600.0) as served:
         found = rounds(served, options.ticks, options.turns)
     print(f"Ticks back to back with {options.jobs} jobs, ms. {machine()}\n")

@@ -52,7 +52,7 @@ def load(directory: Path, name: str) -> State | None:
         return msgspec.json.decode(_content(path), type=State)
     except FileNotFoundError:
         return None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise AcctdError(
             f"the position {path} is damaged ({e}); remove it to begin with all that the spool has"
         ) from None
@@ -91,7 +91,7 @@ def names(directory: Path) -> list[str]:
     """Of all sinks that ever had a position here."""
     try:
         return sorted(name.removesuffix(_SUFFIX) for name in os.listdir(directory) if name.endswith(_SUFFIX))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -38,7 +38,11 @@ def parse_sink(text: str) -> InfluxSink:
 
     Other keys are those of [influxdb.NAME]. Raises UsageError.
     """
-    parts = urlsplit(text)
+    takes = "write it like http://HOST:8086?db=NAME, or https://HOST:8086?org=ORG&bucket=NAME&token_file=FILE"
+    try:
+        parts = urlsplit(text)
+    except ValueError as e:
+        raise UsageError(f"--influx is no URL ({e}); {takes}") from None
     given: dict[str, Any] = {}
     for key, value in parse_qsl(parts.query, keep_blank_values=True):
         given[_KEYS.get(key, key)] = value
@@ -47,10 +51,7 @@ def parse_sink(text: str) -> InfluxSink:
     try:
         table = msgspec.convert({**given, "url": parts._replace(query="").geturl()}, InfluxTable, strict=False)
     except msgspec.ValidationError as e:
-        raise UsageError(
-            f"--influx {text!r} is not usable ({e}); write it like http://HOST:8086?db=NAME, or "
-            "https://HOST:8086?org=ORG&bucket=NAME&token_file=FILE"
-        ) from None
+        raise UsageError(f"--influx is not usable ({e}); {takes}") from None  # the URL may have a secret in it
     try:
         return sinks.influx(_NAME, table)
     except UsageError as e:

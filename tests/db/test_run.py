@@ -128,6 +128,8 @@ def test_what_a_dead_database_does_not_take_is_delivered_by_the_next_run(node: N
         ("http://x", "bucket is missing"),
         ("http://u:p@x?db=a", "has a user or password in it"),
         ("http://x?db=a&colour=red", "colour"),
+        ("http://[x", "is no URL"),
+        ("http://u:secret@x?db=a&foo=1", "foo"),
     ],
 )
 def test_a_url_that_is_none_costs_no_job(node: Node, url: str, said: str) -> None:
@@ -135,4 +137,5 @@ def test_a_url_that_is_none_costs_no_job(node: Node, url: str, said: str) -> Non
     assert done.returncode == 64
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
+    assert "secret" not in done.stderr
     assert not (node.directory / "ran").exists()

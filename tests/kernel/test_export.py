@@ -6,10 +6,11 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ def test_the_file_has_what_the_ledger_has(exported: Served, sleeper: Sleeper) ->
         for number in range(5):
             short_job(exported, sleeper, f"j{number}")
         until(lambda: len(delivered(exported, "record")) == 5)
+        # Records go first.
+        until(lambda: len([frame for frame in delivered(exported, "event") if frame["event"] == "finished"]) == 5)
     with Ledger(exported.node.directory / "state" / FILE) as ledger:
         rows, told = ledger.records_after(0, 100), ledger.events()
     found = delivered(exported, "record")
@@ -349,3 +352,54 @@ def test_doctor_tells_of_an_exporter_that_is_not_there_and_of_a_sink_in_trouble(
         (exported.node.directory / "out").mkdir()
         until(lambda: re.search(r"ok +sink out +\d+ points sent, 0 refused", exported.node.acctd("doctor").stdout))
         assert "is not running" not in exported.node.acctd("doctor").stdout
+
+
+def test_what_is_damaged_in_the_spool_or_the_ledger_costs_neither_agent_nor_others(
+    exported: Served, sleeper: Sleeper
+) -> None:
+    for name in ("a", "b", "c"):
+        short_job(exported, sleeper, name)
+    until(lambda: len(records(exported)) == 3)
+    exported.stop(signal.SIGKILL)
+    # As a power cut leaves it: room without content.
+    with open(spool.segments(exported.node.directory / "spool" / RECORDS)[-1].path, "ab") as segment:
+        segment.write(b"\0" * 99 + b"\n\xff{\n")
+    with closing(sqlite3.connect(exported.node.directory / "state" / FILE)) as book:
+        book.execute("UPDATE record SET body = ? WHERE id = 'a'", (b'{"id":\n "torn',))
+        book.commit()
+    exported.start()
+    short_job(exported, sleeper, "d")
+    with exporting(exported):
+        until(lambda: {frame["body"]["id"] for frame in delivered(exported, "record")} == {"a", "b", "c", "d"})
+    assert len(delivered(exported, "record")) == 4
+    quarantine = (exported.node.directory / "positions" / "out.quarantine").read_text().splitlines()
+    assert len(quarantine) == 2
+
+
+def test_a_spool_that_is_cleared_under_the_agent_is_made_again(exported: Served, sleeper: Sleeper) -> None:
+    short_job(exported, sleeper, "before")
+    until(lambda: len(records(exported)) == 1)
+    subprocess.run(["rm", "-rf", exported.node.directory / "spool"], check=True)
+    short_job(exported, sleeper, "after")
+    assert [frame.record().id for frame in until(lambda: records(exported))] == ["after"]
+
+
+def test_positions_of_a_stranger_keep_no_agent_from_its_start(exported: Served, sleeper: Sleeper) -> None:
+    exported.stop()
+    positions = exported.node.directory / "positions"
+    positions.mkdir(exist_ok=True)
+    (positions / "x.json").write_text('{"identity":"x","target":{"a":' + "[" * 9999)
+    (positions / "y.json").write_text('{"identity":"y","positions":{"records":[' + "9" * 30 + ",0,0]}}")
+    os.mkfifo(positions / "z.json")
+    exported.start()
+    short_job(exported, sleeper, "held")
+    assert [frame.record().id for frame in until(lambda: records(exported))] == ["held"]
+    assert exported.node.acctd("sinks").returncode == 0
+
+
+def test_an_address_that_cannot_be_had_holds_up_no_sink(exported: Served, sleeper: Sleeper) -> None:
+    configure(exported.node, _SINK + '[prometheus]\nlisten = "192.0.2.7:9735"\n')
+    with exporting(exported) as exporter:
+        short_job(exported, sleeper, "sent")
+        until(lambda: delivered(exported, "record"))
+        assert exporter.poll() is None

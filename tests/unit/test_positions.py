@@ -4,6 +4,7 @@ import itertools
 import os
 import resource
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -196,3 +197,21 @@ def test_furthest_asks_all_that_ever_were_and_can_be_read(tmp_path):
     positions.store(tmp_path, "b", state(samples=40))
     (tmp_path / "c.json").write_bytes(b"")
     assert positions.furthest(tmp_path) == {"samples": 40, "events": 3, "records": 0}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"identity":"x","target":{"a":' + "[" * 5000 + "]" * 5000 + "}}",
+        '{"identity":"x","positions":{"records":[999999999999999999999999999999,0,0]}}',
+        '{"identity":"x","positions":{"records":[0,-1,0]}}',
+        '{"identity":"x","positions":{"records":[0,0,9223372036854775807]}}',
+    ],
+    ids=["nested", "huge", "negative", "beyond"],
+)
+def test_what_no_exporter_has_written_is_damaged_and_moves_no_writer(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(AcctdError, match="is damaged"):
+        positions.load(tmp_path, "x")
+    assert positions.consumed(tmp_path, ["x"]) is None
+    assert set(positions.furthest(tmp_path).values()) == {0}

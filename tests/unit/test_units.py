@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from acctd import config as configuration
-from acctd.cli import serve, service
+from acctd.cli import service
 
 REPO = Path(__file__).parents[2]
 UNITS = REPO / "systemd"
