@@ -16,7 +16,6 @@ from acctd.frames import EVENTS, SAMPLES, EventFrame, Sample, decode, encode
 from acctd.spoolroom import SpoolRoom
 
 JOBS = 50  # a tick has a sample of each
-TICKS_A_JOB = 2  # then others begin, and with them new series: a database does more for those
 POINTS = 8  # of a sample, in InfluxDB's line protocol
 BEGAN = 1_790_000_000_000_000_000  # ns since the epoch; a spool holds no future, a database may
 STEP = 20_000_000  # ns between a tick's samples
@@ -38,7 +37,7 @@ def job(number: int) -> str:
     """Most are good; every so many are bad, in one way or in the other."""
     if number % BAD_EVERY == BAD_EVERY // 2:
         return LONG if number % (2 * BAD_EVERY) == BAD_EVERY // 2 else NAMED
-    return f"job-{number // (JOBS * TICKS_A_JOB)}-{number % JOBS}"
+    return f"job-{number % JOBS}"
 
 
 def sample(number: int) -> Sample:
