@@ -29,8 +29,12 @@ log = logging.getLogger("acctd")
 class Exporter:
     """Use as a context manager; leaving it stores all positions and ends all threads."""
 
-    def __init__(self, config: ExportConfig, host: str, environ: Mapping[str, str]) -> None:
-        """Raises AcctdError where positions cannot be kept."""
+    def __init__(self, config: ExportConfig, host: str, environ: Mapping[str, str], *, lasting: bool = True) -> None:
+        """Not `lasting`: stop() waits for no request that is under way, and nobody need wait for its end.
+
+        Raises AcctdError where positions cannot be kept.
+        """
+        self._lasting = lasting
         self._config, self._host, self._environ = config, host, environ
         self._stopping = threading.Event()
         self._finite = threading.Event()  # each sink ends once it has delivered what there is
@@ -54,7 +58,9 @@ class Exporter:
         if until_empty:
             self.end_when_empty()
         for sink in self._sinks():
-            thread = threading.Thread(target=self._run, args=(sink,), name=f"sink {sink.name}")
+            thread = threading.Thread(
+                target=self._run, args=(sink,), name=f"sink {sink.name}", daemon=not self._lasting
+            )
             self._threads.append(thread)
             thread.start()
         if self._config.prometheus is not None and not until_empty:
@@ -90,11 +96,11 @@ class Exporter:
         return self._told.get(name)
 
     def stop(self) -> None:
-        """End all. A request under way is waited for, as long as its sink's timeout lets it."""
+        """End all. A lasting one waits for requests that are under way, as long as their sinks' timeouts let it."""
         self._stopping.set()
         for delivery in list(self.deliveries.values()):
             delivery.stop()
-        self.join()
+        self.join(None if self._lasting else 0.0)
         if self._scraped is not None:
             for each in self._scraped:
                 each.close()

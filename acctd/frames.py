@@ -50,7 +50,10 @@ class EventFrame(msgspec.Struct, frozen=True, tag="event", tag_field="kind", omi
     text: str
     job: str | None = None  # None: the agent itself
     uid: int | None = None
-    owner: str | None = None  # of a job that was held when it was written
+    # Of a job that the agent knew when it wrote this:
+    owner: str | None = None
+    parent: str | None = None
+    scheduler: str | None = None  # its tag
 
 
 class RecordFrame(msgspec.Struct, frozen=True, tag="record", tag_field="kind"):

@@ -24,6 +24,7 @@ from acctd.frames import (
     Sample,
     decode,
     encode,
+    tag,
 )
 from acctd.job import Job
 from acctd.ledger import Ledger
@@ -33,6 +34,7 @@ from acctd.rows import Event
 from acctd.sinks import ExportConfig
 from acctd.spoolroom import SpoolRoom
 
+_REMEMBERED = 10_000  # jobs
 _AT_ONCE = 200  # rows of the ledger that are copied before the loop may do something else
 _LIMITS = ("memory", "memory_soft", "swap", "cpus", "pids")
 
@@ -47,6 +49,8 @@ class Outbox:
         self._time = 0  # of the newest sample
         self._nested: set[int] = set()  # jobs with families inside, as of this tick
         self._owners: dict[int, str] = {}
+        self._whose: dict[str, _Who] = {}
+        self._known: dict[str, tuple[int, str | float]] = {}  # of records and events, the last that the spool has
         self._tidying = self._closed = False
         self.lost = 0
         """Samples that the disk did not take, since the agent's start."""
@@ -57,7 +61,7 @@ class Outbox:
     def begin(self, ledger: Ledger) -> None:
         """Mark where export begins, if it has not begun long ago. Raises LedgerError."""
         for stream in (RECORDS, EVENTS):
-            self._last(stream, ledger)
+            self._find(stream, ledger)
 
     def begin_tick(self, jobs: Iterable[Job]) -> None:
         """All jobs are about to be read."""
@@ -82,34 +86,38 @@ class Outbox:
 
     async def follow(self, ledger: Ledger) -> None:
         """Copy the events and records that the spool has not. Raises LedgerError; the next time goes on from there."""
-        last = self._last(RECORDS, ledger)
-        # Where the ledger was begun anew, all of it is new here.
-        known = isinstance(last, RecordFrame | Mark) and ledger.digest(last.number) == (last.digest or None)
-        number = last.number if known else 0
-        while records := ledger.records_after(number, _AT_ONCE):
-            lines = [encode(RecordFrame(at, digest, self._now(), _body(body))) for at, digest, body in records]
-            self._owners |= {(who := _who(body)).uid: who.owner for *_, body in records}
-            self._room.writers[RECORDS].append(lines)
-            number = records[-1][0]
+        number, digest = self._known.get(RECORDS, (0, ""))
+        if number and ledger.digest(number) != digest:
+            self._find(RECORDS, ledger)  # another ledger, or an older copy of it
+        while records := ledger.records_after(self._known[RECORDS][0], _AT_ONCE):
+            self._leave_records(records)
             await asyncio.sleep(0)
             if self._closed:
                 return  # the configuration was read again, and another outbox writes here now
-        number = self._last_event(ledger)
-        while events := ledger.events(since=number, limit=_AT_ONCE):
+        number, at = self._known[EVENTS]
+        if number and not _is_there(ledger, number, at):
+            self._find(EVENTS, ledger)
+        while events := ledger.events(since=self._known[EVENTS][0], limit=_AT_ONCE):
             self._room.writers[EVENTS].append([encode(self._event(event)) for event in events])
-            number = events[-1].number
+            self._known[EVENTS] = events[-1].number, events[-1].time
             await asyncio.sleep(0)
             if self._closed:
                 return
 
     def follow_one(self, ledger: Ledger, job: str) -> None:
         """Copy the records of one job and no other's; for who accounts for one alone. Raises LedgerError."""
-        number = self._last(RECORDS, ledger).number
-        while records := ledger.records_after(number, _AT_ONCE):
-            for at, digest, body in records:
-                if _who(body).id == job:
-                    self._room.writers[RECORDS].append([encode(RecordFrame(at, digest, self._now(), _body(body)))])
-            number = records[-1][0]
+        while records := ledger.records_after(self._known[RECORDS][0], _AT_ONCE):
+            self._leave_records([record for record in records if _who(record[2]).id == job])
+            self._known[RECORDS] = records[-1][:2]
+
+    def _leave_records(self, records: list[tuple[int, str, bytes]]) -> None:
+        if not records:
+            return
+        for *_, body in records:
+            self._remember(_who(body))
+        lines = [encode(RecordFrame(at, digest, self._now(), _body(body))) for at, digest, body in records]
+        self._room.writers[RECORDS].append(lines)
+        self._known[RECORDS] = records[-1][:2]
 
     async def tidy(self) -> None:
         """Remove what nobody wants any more, and what there is no room for; beside the loop. Once at a time."""
@@ -130,7 +138,9 @@ class Outbox:
 
     def _sample(self, jobs: Mapping[str, Job], job: Job) -> Sample:
         spec = job.spec
-        self._owners[spec.owner.uid] = spec.owner.name
+        who = _Who(spec.id, spec.owner.name, spec.owner.uid, spec.parent, dict(spec.tags))
+        if self._whose.get(who.id) != who:
+            self._remember(who)
         return Sample(
             time=self._now(),
             job=spec.id,
@@ -157,31 +167,47 @@ class Outbox:
             self.lost += len(lines)
             self._trouble(e)
 
-    def _last(self, stream: str, ledger: Ledger) -> RecordFrame | EventFrame | Mark:
-        """The last frame of events or records that the spool has; at first a mark where the ledger is."""
+    def _find(self, stream: str, ledger: Ledger) -> None:
+        """The newest row of the ledger that the spool has: from there to go on. Where they share none, from the first.
+
+        At first a mark is left where the ledger is. A power cut leaves lines of nothing, which are passed over.
+        """
         writer = self._room.writers[stream]
         if writer.last is None:
             record, digest, event = ledger.newest()
+            self._known[stream] = (record, digest) if stream == RECORDS else (event.number, event.time)
             mark = Mark(record, digest) if stream == RECORDS else Mark(event.number, "", event.time)
             writer.append([encode(mark)])
-            return mark
-        if (frame := _frame(writer.last)) is not None:
-            return frame
-        # A power cut leaves lines of nothing. Where no line is whole, all that the ledger has is sent again.
-        lines = spool.backwards(self.config.spool_dir / stream)
-        return next((frame for line in lines if (frame := _frame(line)) is not None), Mark(0))
-
-    def _last_event(self, ledger: Ledger) -> int:
-        """After which event of the ledger to go on: from its first, where it is not the one that the last was of."""
-        last = self._last(EVENTS, ledger)
-        there = ledger.events(since=last.number - 1, limit=1) if last.number else []
-        # Old events go: where this one has gone, later ones are there, or it is another ledger.
-        same = bool(there) and (there[0].number != last.number or there[0].time == last.time)
-        return last.number if same else 0
+            return
+        self._known[stream] = 0, ""
+        for line in spool.backwards(self.config.spool_dir / stream):
+            frame = _frame(line)
+            if isinstance(frame, RecordFrame | Mark) and stream == RECORDS:
+                if not frame.number or ledger.digest(frame.number) == frame.digest:
+                    self._known[stream] = frame.number, frame.digest
+                    return
+            elif isinstance(frame, EventFrame | Mark) and (
+                not frame.number or _is_there(ledger, frame.number, frame.time)
+            ):
+                self._known[stream] = frame.number, frame.time
+                return
 
     def _event(self, event: Event) -> EventFrame:
-        owner = self._owners.get(event.uid) if event.uid is not None else None
-        return EventFrame(event.number, event.time, event.event, event.text, event.job, event.uid, owner)
+        who = self._whose.get(event.job or "", _Who("", "", event.uid if event.uid is not None else -1))
+        return EventFrame(
+            *(event.number, event.time, event.event, event.text, event.job, event.uid),
+            owner=who.owner or self._owners.get(who.uid),
+            parent=who.parent,
+            scheduler=tag(who.tags, "scheduler"),
+        )
+
+    def _remember(self, who: "_Who") -> None:
+        """For events, of which the ledger has an id alone; of the newest jobs."""
+        self._owners[who.uid] = who.owner
+        self._whose.pop(who.id, None)
+        self._whose[who.id] = who
+        if len(self._whose) > _REMEMBERED:
+            del self._whose[next(iter(self._whose))]
 
     def _now(self) -> int:
         """ns since the epoch, never the same twice: two points of a series must not share a time."""
@@ -204,6 +230,8 @@ class _Who(msgspec.Struct):
     id: str
     owner: str
     uid: int
+    parent: str | None = None
+    tags: dict[str, str] = {}
 
 
 _NOBODY = _Who("", "-", -1)
@@ -215,6 +243,12 @@ def _who(body: bytes) -> _Who:
         return msgspec.json.decode(body, type=_Who)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return _NOBODY
+
+
+def _is_there(ledger: Ledger, number: int, at: object) -> bool:
+    """Whether an event is one of this ledger's. Old ones go: then later ones are there, or it is another ledger."""
+    found = ledger.events(since=number - 1, limit=1)
+    return bool(found) and (found[0].number != number or found[0].time == at)
 
 
 def _body(body: bytes) -> msgspec.Raw:

@@ -332,7 +332,7 @@ class Delivery:
     def _write_quarantine(self) -> None:
         if not self._held:
             return
-        with open(self._quarantine, "ab") as stream:
+        with open(self._quarantine, "ab", opener=_private) as stream:
             # Somebody may have looked at it and removed it.
             self._state.quarantine_bytes = min(self._state.quarantine_bytes, stream.tell())
             stream.truncate(self._state.quarantine_bytes)
@@ -353,6 +353,11 @@ class Delivery:
         self._state.quarantine_bytes = min(self._state.quarantine_bytes, size)
         if size:
             os.truncate(self._quarantine, self._state.quarantine_bytes)
+
+
+def _private(path: str, flags: int) -> int:
+    """Not for everybody on this node: it holds what others' jobs did."""
+    return os.open(path, flags, 0o640)
 
 
 def quarantine(directory: Path, name: str) -> Path:

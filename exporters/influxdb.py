@@ -41,9 +41,11 @@ _COMPRESSION = 1  # the level; the highest takes six times the CPU for a fifth o
 _OF_THE_POINTS = (400, 422)
 _OF_POINTS = re.compile(r"pars|partial|point|line|field|tag|column|measurement|table|value|timestamp", re.IGNORECASE)
 _NOT_OF_THE_POINTS = re.compile(
-    # A parameter is wrong or missing; the request was garbled on its way; the database takes no new series or column.
+    # A parameter is wrong or missing; the request was garbled on its way; the database takes no new series or column;
+    # its disk is full or broken (influxd 1.6 calls that a partial write, too, where the series are new).
     r"database is required|bucket not found|orgID|\bdb name|database or rp name|retention policy not found|precision"
-    r"|unexpected EOF|unable to read data|gzip|authoriz|limit exceeded|would exceed",
+    r"|unexpected EOF|unable to read data|gzip|authoriz|limit exceeded|would exceed"
+    r"|no space left|disk quota|input/output error|read-only file system|too many open files",
     re.IGNORECASE,
 )
 _OF_A_LINE_IN_PLAIN_TEXT = re.compile(r"too long line|failed to parse line protocol")

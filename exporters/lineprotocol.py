@@ -78,7 +78,8 @@ class Lines:
         return items
 
     def _event(self, frame: EventFrame) -> Item:
-        tags, job = self._jobs(frame.job or NONE, frame.owner or NONE, None, NONE)
+        scheduler = frame.scheduler or (self._scheduler if frame.job else NONE)
+        tags, job = self._jobs(frame.job or NONE, frame.owner or NONE, frame.parent, scheduler)
         fields = [f"number={frame.number}i"]
         if text := string(frame.text):
             fields.append(f"text={text}")

@@ -1,10 +1,12 @@
 """`acctd run --influx URL`: the same series as the agent's, from one job, without an agent.
 
-The job has a spool of its own in state_dir, and a thread that delivers from it while the job runs. What a database does
-not take in time stays there, and the next `acctd run --influx` or a later one delivers it.
+The job has a spool of its own in state_dir, and threads that deliver from it while the job runs. What a database does
+not take in time stays there, and a later `acctd run --influx` delivers it beside its own job. Whatever goes wrong here
+is said, and costs neither the job nor its record.
 """
 
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,7 +17,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
-from acctd import sinks
+from acctd import sinks, spool
 from acctd.agent import Agent
 from acctd.cli.output import say
 from acctd.errors import AcctdError, ExhaustedError, UsageError
@@ -27,31 +29,31 @@ from acctd.sinks import ExportConfig, InfluxSink
 from acctd.tables import InfluxTable
 
 _NAME = "run"
-_SINK = "sink.json"
+_SINK, _LOCK = "sink.json", "lock"
 _PATIENCE = 10.0  # s that the end of the job is waited for a database
 _EVERY = 1.0  # s between two samples, but for the first
 _KEYS = {"db": "database", "rp": "retention_policy"}
+_TAKES = "write it like http://HOST:8086?db=NAME, or https://HOST:8086?org=ORG&bucket=NAME&token_file=FILE"
 
 
 def parse_sink(text: str) -> InfluxSink:
     """A sink from a URL: http://HOST:8086?db=NAME (version 1) or ?org=ORG&bucket=NAME (2) or ?bucket=NAME&version=3.
 
-    Other keys are those of [influxdb.NAME]. Raises UsageError.
+    Other keys are those of [influxdb.NAME]. Raises UsageError, which never shows the URL: there may be a secret in it.
     """
-    takes = "write it like http://HOST:8086?db=NAME, or https://HOST:8086?org=ORG&bucket=NAME&token_file=FILE"
     try:
         parts = urlsplit(text)
     except ValueError as e:
-        raise UsageError(f"--influx is no URL ({e}); {takes}") from None
-    given: dict[str, Any] = {}
+        raise UsageError(f"--influx is no URL ({e}); {_TAKES}") from None
+    given: dict[str, Any] = {"url": parts._replace(query="").geturl()}
     for key, value in parse_qsl(parts.query, keep_blank_values=True):
         given[_KEYS.get(key, key)] = value
     if "database" in given:
         given.setdefault("version", 1)
     try:
-        table = msgspec.convert({**given, "url": parts._replace(query="").geturl()}, InfluxTable, strict=False)
+        table = msgspec.convert(given, InfluxTable, strict=False)
     except msgspec.ValidationError as e:
-        raise UsageError(f"--influx is not usable ({e}); {takes}") from None  # the URL may have a secret in it
+        raise UsageError(f"--influx is not usable ({e}); {_TAKES}") from None
     try:
         return sinks.influx(_NAME, table)
     except UsageError as e:
@@ -61,25 +63,32 @@ def parse_sink(text: str) -> InfluxSink:
 class Series:
     """The series of one job on their way."""
 
-    def __init__(self, agent: Agent, place: Path, export: ExportConfig, environ: Mapping[str, str]) -> None:
-        self._agent = agent
+    def __init__(self, agent: Agent, place: Path, sink: InfluxSink, environ: Mapping[str, str]) -> None:
+        self._agent, self._place = agent, place
+        export = _export(agent.config.export, place, sink)
+        self._full = _size(place.parent) > export.spool_max
         self._outbox = Outbox(export, lambda error: say(f"acctd: {error}"))
         self._outbox.begin(agent.ledger)
-        self._place = place
-        self._exporter = Exporter(export, socket.gethostname(), environ)
+        self._exporter = Exporter(export, socket.gethostname(), environ, lasting=False)
         self._exporter.start()
         self._sampled = 0.0
         self._before, agent.after_reading = agent.after_reading, self._read
 
+        if self._full:
+            say(f"acctd: {place.parent} has {export.spool_max} bytes and more that wait; the record is sent alone")
+
     def _read(self, job: Job) -> None:
         self._before(job)
-        if job.meter.totals and time.monotonic() - self._sampled >= _EVERY:
+        if not self._full and job.meter.totals and time.monotonic() - self._sampled >= _EVERY:
             self._sampled = time.monotonic()
             self._outbox.sample({job.spec.id: job}, [job])
 
     def finish(self, job: str) -> None:
         """Its record is signed: leave that too, and wait a little until all is delivered."""
-        self._outbox.follow_one(self._agent.ledger, job)
+        try:
+            self._outbox.follow_one(self._agent.ledger, job)
+        except AcctdError as e:
+            say(f"acctd: the record is not sent: {e}")
         self._exporter.end_when_empty()
         self._exporter.join(_PATIENCE)
 
@@ -88,54 +97,80 @@ class Series:
         self._agent.after_reading = self._before
         self._exporter.stop()
         self._outbox.close()
-        said = self._exporter.trouble(_NAME)
         if self._exporter.backlog():
-            say(f"acctd: {said or 'the database was too slow'}; {self._place} has what waits, for the next --influx")
+            why = self._exporter.trouble(_NAME) or "the database was too slow"
+            say(f"acctd: {why}; {self._place} has what waits, for the next --influx")
         else:
-            rmtree(self._place)
+            rmtree(self._place, ignore_errors=True)
 
 
 @contextmanager
-def series(agent: Agent, sink: InfluxSink, name: str, environ: Mapping[str, str]) -> Iterator[Series]:
-    """Around one job. What earlier ones left is delivered beside it."""
-    config = agent.config
-    outboxes = config.state_dir / "outbox"
-    private.make(outboxes)
-    place = outboxes / f"{name}.{time.time_ns()}"
-    private.make(place)
-    (place / _SINK).write_bytes(msgspec.json.encode(sink))
+def series(agent: Agent, sink: InfluxSink, name: str, environ: Mapping[str, str]) -> Iterator[Series | None]:
+    """Around one job; None where its series cannot be kept, which is said. What others left is delivered beside it."""
+    outboxes = agent.config.state_dir / "outbox"
+    stopping = threading.Event()
     with ExitStack() as stack:
-        stack.enter_context(filelock.held(str(place / "lock"), patience=1.0))
-        made = Series(agent, place, _export(config.export, place, sink), environ)
-        stack.callback(made.close)
-        for left in sorted(outboxes.iterdir()):
-            if left != place:
-                stack.enter_context(_delivering(config.export, left, environ))
+        made: Series | None = None
+        try:
+            place = _made(outboxes, name, sink, stack)
+            made = Series(agent, place, sink, environ)
+            stack.callback(made.close)
+        except (AcctdError, OSError) as e:
+            say(f"acctd: no series are sent: {e}")
+        # It ends with us, in whatever request it is: what that was stays where it was.
+        left = threading.Thread(target=_deliver_left, args=(agent, outboxes, environ, stopping), daemon=True)
+        left.start()
+        stack.callback(stopping.set)
         yield made
 
 
-@contextmanager
-def _delivering(export: ExportConfig, place: Path, environ: Mapping[str, str]) -> Iterator[None]:
-    """Deliver what another run left, unless that is still at it."""
-    with ExitStack() as stack:
+def _made(outboxes: Path, name: str, sink: InfluxSink, stack: ExitStack) -> Path:
+    """A place for one job's spool, which nobody else sees before it is ours."""
+    private.make(outboxes)
+    place = outboxes / f"{name}.{time.time_ns()}"
+    new = outboxes / f".{place.name}"
+    private.make(new)
+    (new / _SINK).write_bytes(msgspec.json.encode(sink))
+    stack.enter_context(filelock.held(str(new / _LOCK), patience=0.0))
+    new.rename(place)
+    return place
+
+
+def _deliver_left(agent: Agent, outboxes: Path, environ: Mapping[str, str], stopping: threading.Event) -> None:
+    """Deliver what earlier runs left, one after the other, but for those that are still at it; to each sink as long as
+    it takes something.
+    """
+    dead: set[str] = set()
+    for place in sorted(outboxes.glob("[!.]*")):
+        if stopping.is_set():
+            return
         try:
-            stack.enter_context(filelock.held(str(place / "lock"), patience=0.0))
-            sink = msgspec.json.decode((place / _SINK).read_bytes(), type=InfluxSink)
-            exporter = Exporter(_export(export, place, sink), socket.gethostname(), environ)
+            with filelock.held(str(place / _LOCK), patience=0.0):
+                sink = msgspec.json.decode((place / _SINK).read_bytes(), type=InfluxSink)
+                if sink.identity not in dead and not _delivered(agent.config.export, place, sink, environ, stopping):
+                    dead.add(sink.identity)
         except ExhaustedError:
-            yield
-            return
-        except (AcctdError, OSError, msgspec.MsgspecError) as e:
+            continue
+        except (AcctdError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as e:
             say(f"acctd: what an earlier --influx left in {place} cannot be delivered: {e}")
-            yield
-            return
+
+
+def _delivered(
+    export: ExportConfig, place: Path, sink: InfluxSink, environ: Mapping[str, str], stopping: threading.Event
+) -> bool:
+    with Exporter(_export(export, place, sink), socket.gethostname(), environ, lasting=False) as exporter:
         exporter.start(until_empty=True)
-        try:
-            yield
-        finally:
-            exporter.stop()
-            if not exporter.backlog():
-                rmtree(place)
+        while not exporter.join(0.1) and not stopping.is_set() and exporter.trouble(_NAME) is None:
+            continue
+    if exporter.backlog():
+        return False
+    rmtree(place, ignore_errors=True)
+    return True
+
+
+def _size(outboxes: Path) -> int:
+    """What all runs have left together."""
+    return sum(spool.size(stream) for stream in outboxes.glob("*/spool/*"))
 
 
 def _export(export: ExportConfig, place: Path, sink: InfluxSink) -> ExportConfig:

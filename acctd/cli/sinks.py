@@ -28,7 +28,8 @@ _COLUMNS = [
 def command(config_path: str | None, as_json: bool) -> None:
     """Show how far the sinks of `acctd export` are.
 
-    SENT, DROPPED and REFUSED count points, FAILED requests that had to be made again; WAITING is bytes of the spool.
+    SENT and REFUSED count points, FAILED requests that had to be made again, DROPPED lines of the spool that had to go
+    before they were read; WAITING is bytes of the spool.
     """
     config = configuration.load(config_path, os.environ).export
     if not config.active:

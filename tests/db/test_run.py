@@ -121,6 +121,32 @@ def test_what_a_dead_database_does_not_take_is_delivered_by_the_next_run(node: N
     assert list((node.directory / "state" / "outbox").iterdir()) == []
 
 
+def test_runs_at_one_time_and_what_many_left_keep_nobody_waiting(node: Node, database: Database) -> None:
+    """Each with a place of its own; 20 that were left cost the next one no time of their own."""
+    argv = node.argv("run", "-q", "--network", "none", "--influx", f"{database.url}?db=acctd&timeout=0.3", "--", "true")
+    many = [node.topology.popen(node.topology.node, argv, env=node.environ, stderr=-1, text=True) for _ in range(20)]
+    for process in many:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, said
+        assert "cannot be delivered" not in said
+    outboxes = node.directory / "state" / "outbox"
+    assert len(list(outboxes.iterdir())) == 20
+    _, said = run(node, database, "next", "true")
+    assert said.count("for the next --influx") == 1, "it speaks of its own alone"
+    database.start()
+    run(node, database, "last", "sh", "-c", "sleep 8")
+    until(lambda: len(database.ask("SELECT wall_ns FROM acctd_record")) == 20)
+    assert list(outboxes.iterdir()) == []
+
+
+def test_a_state_directory_without_room_costs_the_series_and_not_the_job(node: Node, database: Database) -> None:
+    node.acctd("run", "-q", "--network", "none", "--", "true")
+    (node.directory / "state" / "outbox").write_text("in the way")
+    record, said = run(node, database, "alone", "true")
+    assert record["state"] == "done"
+    assert "no series are sent" in said
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [

@@ -4,6 +4,7 @@ import grp
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -195,6 +196,26 @@ def test_a_ledger_that_is_begun_anew_is_sent_whole(exported: Served, sleeper: Sl
     sent = until(lambda: [(f.number, f.time) for f in spooled(exported, EVENTS) if isinstance(f, EventFrame)])
     assert sent[-len(wanted) :] == wanted, "numbered anew, and all there"
     assert {f.owner for f in spooled(exported, EVENTS) if isinstance(f, EventFrame) and f.job} == {"root"}
+
+
+def test_an_older_copy_of_the_ledger_is_gone_on_from_where_both_agree(exported: Served, sleeper: Sleeper) -> None:
+    state, copy = exported.node.directory / "state", exported.node.directory / "copy"
+    for name in ("a0", "a1"):
+        short_job(exported, sleeper, name)
+    exported.stop()
+    shutil.copytree(state, copy)
+    exported.start()
+    for name in ("b0", "b1"):
+        short_job(exported, sleeper, name)
+    until(lambda: len(records(exported)) == 4)
+    exported.stop()
+    shutil.rmtree(state)
+    shutil.copytree(copy, state)
+    exported.start()
+    short_job(exported, sleeper, "c0")
+    until(lambda: len(records(exported)) == 5)
+    exported.ok("Snapshot")
+    assert [frame.record().id for frame in records(exported)] == ["a0", "a1", "b0", "b1", "c0"]
 
 
 def test_a_job_of_acctd_run_is_in_the_series_of_the_agent(exported: Served) -> None:

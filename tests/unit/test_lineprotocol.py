@@ -183,12 +183,12 @@ def test_records_and_events_of_one_time_are_two_points() -> None:
 
 
 def test_events() -> None:
-    event = EventFrame(3, 1_700_000_000.25, "oom", 'job 1 "was"\nkilled', job="1.0", owner="ada")
+    event = EventFrame(3, 1_700_000_000.25, "oom", 'job 1 "was"\nkilled', job="1.0", owner="ada", parent="p")
     head = "acctd_event,cluster=default,host=node1"
     assert encoded(event) == [
         (
             "samples",
-            f"{head},owner=ada,parent=-,scheduler=-,job=1.0,event=oom "
+            f"{head},owner=ada,parent=p,scheduler=none,job=1.0,event=oom "
             r'number=3i,text="job 1 \"was\"%0Akilled" 1700000000250000003',
         )
     ]
