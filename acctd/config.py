@@ -5,6 +5,7 @@ Nothing here looks at the kernel: whether this host can do what is asked is foun
 """
 
 import math
+import os
 import re
 import tomllib
 from collections import Counter
@@ -357,6 +358,13 @@ class _Reader:
         json = [self._try("", partial(sinks.json, name, each)) for name, each in table.json.items()]
         for name in table.influxdb.keys() & table.json.keys():
             self.mistakes.append(f"influxdb.{name} and json.{name} have one name; rename one")
+        # Each cuts its file back to what it knows: two would take each other's lines away.
+        files: dict[str, str] = {}
+        for sink in json:
+            if sink is not None and sink.path is not None:
+                other = files.setdefault(os.path.normpath(sink.path), sink.name)
+                if other != sink.name:
+                    self.mistakes.append(f"json.{other}.path and json.{sink.name}.path are one file; choose another")
         return replace(
             made,
             influxdb=tuple(sink for sink in influxdb if sink is not None),

@@ -74,7 +74,7 @@ class Exporter:
 
     def sent(self) -> int:
         """Points that were accepted, of all sinks together."""
-        return sum(delivery.numbers().counts.sent for delivery in self.deliveries.values())
+        return sum(delivery.numbers().counts.sent for delivery in list(self.deliveries.values()))
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until all sinks have ended, or for some seconds; whether they have."""
@@ -85,7 +85,7 @@ class Exporter:
 
     def backlog(self) -> int:
         """Bytes that a sink has not read; a sink that could not be begun has read nothing."""
-        waiting = [delivery.backlog() for delivery in self.deliveries.values()]
+        waiting = [delivery.backlog() for delivery in list(self.deliveries.values())]
         begun = len(waiting) == len(self._sinks())
         return max(waiting, default=0) if begun else 1 + sum(size(self._config.spool_dir / s) for s in STREAMS)
 
@@ -113,7 +113,8 @@ class Exporter:
 
         board = Board(grace=sink.grace, scheduler=self._config.scheduler)
         follower = Follower(board, self._config.spool_dir)
-        scrape = Scrape(sink, Exposition(board, self._config.cluster, self.deliveries).render)
+        names = [each.name for each in self._sinks()]
+        scrape = Scrape(sink, Exposition(board, self._config.cluster, names, self.deliveries).render)
         follower.start()
         self._scraped = follower, scrape
         thread = threading.Thread(target=self._listen, args=(scrape,), name="listen")

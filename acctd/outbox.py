@@ -6,6 +6,7 @@ is removed, what waits is compressed, and above the bound the oldest samples go.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -24,19 +25,20 @@ from acctd.frames import (
     Sample,
     decode,
     encode,
+    limits_of,
     tag,
 )
 from acctd.job import Job
 from acctd.ledger import Ledger
 from acctd.meter import State
-from acctd.model import Limits
 from acctd.rows import Event
 from acctd.sinks import ExportConfig
 from acctd.spoolroom import SpoolRoom
 
 _REMEMBERED = 10_000  # jobs
 _AT_ONCE = 200  # rows of the ledger that are copied before the loop may do something else
-_LIMITS = ("memory", "memory_soft", "swap", "cpus", "pids")
+
+log = logging.getLogger("acctd")
 
 
 class Outbox:
@@ -65,14 +67,27 @@ class Outbox:
 
     def begin_tick(self, jobs: Iterable[Job]) -> None:
         """All jobs are about to be read."""
-        self._nested = {job.row.parent for job in jobs if job.row.parent is not None}
+        self._nested.clear()
+        for job in jobs:
+            if job.row.parent is not None:
+                self._nested.add(job.row.parent)
+            known = self._whose.get(job.spec.id)
+            if known is None or (known.uid, known.parent) != (job.spec.owner.uid, job.spec.parent):
+                self._remember(_of(job))
 
     def sample(self, jobs: Mapping[str, Job], read: Iterable[Job]) -> None:
         """Leave the samples of jobs that have been read."""
         if not self._wants_samples:
             return
-        frames = [encode(self._sample(jobs, job)) for job in read if job.row.phase == "running"]
-        self._leave(SAMPLES, frames)
+        lines = []
+        for job in read:
+            if job.row.phase == "running":
+                try:
+                    lines.append(encode(self._sample(jobs, job)))
+                except Exception as e:  # one bad job must not cost the others their samples, nor the node its ticks
+                    log.exception("job %s cannot be sampled", job.spec.id)
+                    self._trouble(AcctdError(f"job {job.spec.id!r} cannot be sampled: {e!r}"))
+        self._leave(SAMPLES, lines)
 
     def agent(self, interval: float, numbers: Mapping[str, float]) -> None:
         """Leave what the agent itself costs."""
@@ -138,9 +153,6 @@ class Outbox:
 
     def _sample(self, jobs: Mapping[str, Job], job: Job) -> Sample:
         spec = job.spec
-        who = _Who(spec.id, spec.owner.name, spec.owner.uid, spec.parent, dict(spec.tags))
-        if self._whose.get(who.id) != who:
-            self._remember(who)
         return Sample(
             time=self._now(),
             job=spec.id,
@@ -151,7 +163,7 @@ class Outbox:
             totals=self._totals(jobs, job),
             parent=spec.parent,
             tags=dict(spec.tags),
-            limits=limits(spec.limits),
+            limits=limits_of(spec.limits),
             stacked=tuple(sorted(device for device, stacked in job.stacked.items() if stacked)),
         )
 
@@ -238,6 +250,10 @@ _NOBODY = _Who("", "-", -1)
 """Of a record that was altered after it was signed; `acctd show` says so."""
 
 
+def _of(job: Job) -> _Who:
+    return _Who(job.spec.id, job.spec.owner.name, job.spec.owner.uid, job.spec.parent, dict(job.spec.tags))
+
+
 def _who(body: bytes) -> _Who:
     try:
         return msgspec.json.decode(body, type=_Who)
@@ -256,8 +272,3 @@ def _body(body: bytes) -> msgspec.Raw:
     if b"\n" in body or _who(body) is _NOBODY:
         return msgspec.Raw(msgspec.json.encode(body.decode(errors="replace")))
     return msgspec.Raw(body)
-
-
-def limits(of: Limits) -> dict[str, float | int]:
-    """Those that a job has, as a Sample holds them."""
-    return {name: value for name in _LIMITS if (value := getattr(of, name)) is not None}

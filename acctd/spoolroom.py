@@ -5,6 +5,7 @@ then the oldest events; records never. Whoever had not read what goes sees from 
 """
 
 import grp
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from acctd.sinks import ExportConfig
 from exporters import positions
 
 _SEGMENTS_A_BOUND = 32  # a bound is kept to within one of so many parts
+_one_at_a_time = threading.Lock()  # a room that was closed may still be at it, in the same place
 _PACK_AFTER = 120.0  # s; a sink that is up has read a segment long before
 
 
@@ -44,6 +46,10 @@ class SpoolRoom:
 
     def tidy(self) -> None:
         """Make room. Raises OSError where a file can be neither removed nor compressed; the rest is done then."""
+        with _one_at_a_time:
+            self._tidy()
+
+    def _tidy(self) -> None:
         wanted = positions.consumed(self._config.positions_dir, self._config.names)
         failed: list[OSError] = []
         sizes = {stream: self._tidy_stream(stream, wanted, failed) for stream in STREAMS}

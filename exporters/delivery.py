@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from acctd.errors import AcctdError, UsageError
+from acctd.errors import AcctdError, NotPermittedError, UsageError
 from acctd.frames import EVENTS, RECORDS, SAMPLES, Frame, decode
 from acctd.spool import Reader, backlog
 from exporters import positions
@@ -345,7 +345,7 @@ class Delivery:
 
     def _turn_quarantine(self) -> None:
         with suppress(FileNotFoundError):
-            os.replace(self._quarantine, f"{self._quarantine}.old")
+            os.replace(self._quarantine, self._directory / f"{self.name}{positions.OLD_QUARANTINE}")
 
     def _cut_quarantine(self) -> None:
         """What was set aside after the stored position will be set aside again."""
@@ -362,17 +362,24 @@ def _private(path: str, flags: int) -> int:
 
 def quarantine(directory: Path, name: str) -> Path:
     """Where what a sink does not take is kept: JSON lines of time, to, point and the server's words."""
-    return directory / f"{name}.quarantine"
+    return directory / f"{name}{positions.QUARANTINE}"
 
 
 def check_directory(directory: Path) -> None:
-    """Raises AcctdError where positions could not be stored."""
+    """Raises AcctdError where positions could not be stored, NotPermittedError where they are another user's.
+
+    Root must not write where others may have laid symbolic links.
+    """
     try:
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        probe = directory / ".probe"
-        probe.write_bytes(b"")
-        probe.unlink()
+        owner = directory.stat().st_uid
+        writable = os.access(directory, os.W_OK | os.X_OK)
     except OSError as e:
         raise AcctdError(
-            f"export.positions_dir {directory} cannot be written ({e.strerror}); see its owner, or name another one"
+            f"export.positions_dir {directory} cannot be made ({e.strerror}); see its owner, or name another one"
         ) from e
+    if owner != os.geteuid() or not writable:
+        raise NotPermittedError(
+            f"export.positions_dir {directory} is uid {owner}'s and you are uid {os.geteuid()}; run acctd export as "
+            "that user, or name another directory"
+        )

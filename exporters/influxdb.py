@@ -32,7 +32,7 @@ from acctd.errors import AcctdError, NotFoundError
 from acctd.frames import STREAMS, Frame
 from acctd.sinks import ExportConfig, InfluxSink
 from exporters.delivery import Item, RefusedError, TooLargeError, UnavailableError
-from exporters.lineprotocol import RECORDS, Lines
+from exporters.lineprotocol import TO_RECORDS, Lines
 
 _CONNECT_MOST = 5.0  # s; one that is there accepts at once, and the rest of the time-out is for its answer
 _WORDS_MOST = 500  # characters of an answer that are shown
@@ -127,7 +127,7 @@ class InfluxTarget:
         self._release = pool.clear
 
         def post(to: str, body: bytes) -> Answer:
-            policy = sink.records_retention_policy if to == RECORDS else sink.retention_policy
+            policy = sink.records_retention_policy if to == TO_RECORDS else sink.retention_policy
             query = {"db": sink.bucket, "precision": "ns"} | ({"rp": policy} if policy else {})
             answer = pool.request(
                 "POST", f"{sink.url}/write?{urlencode(query)}", body=gzip.compress(body, _COMPRESSION), redirect=False
@@ -156,7 +156,7 @@ class InfluxTarget:
         self._release = client.close
 
         def post(to: str, body: bytes) -> Answer:
-            bucket = sink.records_bucket if to == RECORDS else sink.bucket
+            bucket = sink.records_bucket if to == TO_RECORDS else sink.bucket
             handlers = logging.root.handlers[:]
             try:
                 writer.write(bucket, record=body)  # in ns

@@ -19,6 +19,10 @@ from acctd.frames import STREAMS
 from acctd.spool import Position
 
 _SUFFIX = ".json"
+QUARANTINE, OLD_QUARANTINE = ".quarantine", ".quarantine.old"
+LOCK = ".lock"
+"""Held by the one exporter that these are for."""
+
 _BYTES_MOST = 2**20
 
 
@@ -81,10 +85,20 @@ def store(directory: Path, name: str, state: State) -> None:
             stream.flush()
             os.fsync(stream.fileno())  # else a power cut can leave an empty file under the name
         partial.rename(path)
+        # Else a power cut brings the old one back, after the agent has removed what lies between.
+        _sync(directory)
     except OSError:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def names(directory: Path) -> list[str]:
@@ -101,7 +115,7 @@ def adopt(directory: Path, wanted: Mapping[str, str]) -> list[tuple[str, str]]:
     `wanted` has the identity of every configured sink by name. A name whose sink now leads elsewhere goes on where it
     was, unless that place was given another name. Raises as load() does, and OSError.
     """
-    known = {name: state.identity for name in names(directory) if (state := load(directory, name))}
+    known = {name: state.identity for name in names(directory) if (state := _known(directory, name))}
     strays = [name for name in known if wanted.get(name) != known[name]]
     moves: dict[str, str] = {}  # new name -> old name
     for name, identity in wanted.items():
@@ -124,9 +138,17 @@ def adopt(directory: Path, wanted: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _move(directory: Path, old: str, new: str) -> None:
     """All of a sink's files, its position last: until then it is known under the old name."""
-    paths = [path for path in directory.glob(f"{old}.*") if path.suffix != _SUFFIX]
-    for path in [*paths, directory / f"{old}{_SUFFIX}"]:
-        path.rename(directory / f"{new}{path.name.removeprefix(old)}")
+    for suffix in (QUARANTINE, OLD_QUARANTINE, _SUFFIX):
+        with suppress(FileNotFoundError):
+            (directory / f"{old}{suffix}").rename(directory / f"{new}{suffix}")
+
+
+def _known(directory: Path, name: str) -> State | None:
+    """None also for one that is damaged: that is told where its own sink begins, and keeps no other from its turn."""
+    try:
+        return load(directory, name)
+    except AcctdError:
+        return None
 
 
 def consumed(directory: Path, sinks: Iterable[str]) -> dict[str, int] | None:
@@ -136,10 +158,7 @@ def consumed(directory: Path, sinks: Iterable[str]) -> dict[str, int] | None:
     """
     lowest: dict[str, int] = {}
     for name in sinks:
-        try:
-            state = load(directory, name)
-        except AcctdError:
-            state = None
+        state = _known(directory, name)
         if state is None:
             return None
         for stream, position in state.positions.items():
@@ -151,8 +170,7 @@ def furthest(directory: Path) -> dict[str, int]:
     """Of each stream the number behind the last line that any sink has read: a new writer begins there at least."""
     most = dict.fromkeys(STREAMS, 0)
     for name in names(directory):
-        with suppress(AcctdError):
-            if (state := load(directory, name)) is not None:
-                for stream, position in state.positions.items():
-                    most[stream] = max(most.get(stream, 0), position.number)
+        if (state := _known(directory, name)) is not None:
+            for stream, position in state.positions.items():
+                most[stream] = max(most.get(stream, 0), position.number)
     return most

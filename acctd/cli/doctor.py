@@ -207,7 +207,7 @@ def _sinks(config: Config) -> Iterator[Finding]:
     export = config.export
     if not export.active:
         return
-    running = _is_held(export.positions_dir / "export.lock")
+    running = _is_held(export.positions_dir / positions.LOCK)
     if not running:
         hint = "start acctd-export.service, or acctd export; until then all waits in the spool"
         yield Finding("acctd export", "note", f"is not running; {hint}")
@@ -226,8 +226,12 @@ def _sinks(config: Config) -> Iterator[Finding]:
 def _is_held(lock: Path) -> bool:
     """Whether somebody has this lock; who may not ask takes it to be so."""
     try:
-        with open(lock) as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # The exporter's user may have put anything there.
+        fd = os.open(lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(fd)
     except FileNotFoundError:
         return False
     except OSError:

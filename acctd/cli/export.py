@@ -21,6 +21,7 @@ from acctd.config import Config
 from acctd.errors import AcctdError, ExhaustedError, InUseError, UsageError
 from acctd.exporting import Exporter
 from acctd.kernel import filelock
+from exporters import positions
 from exporters.delivery import check_directory
 
 _PATIENCE = 30.0  # s without one point accepted, until --once gives up
@@ -56,7 +57,7 @@ def _alone(config: Config) -> Iterator[None]:
     """One exporter for a set of positions; the lock ends with the process, however that ends."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(filelock.held(f"{config.export.positions_dir}/export.lock", patience=1.0))
+            stack.enter_context(filelock.held(f"{config.export.positions_dir}/{positions.LOCK}", patience=1.0))
         except ExhaustedError as e:
             raise InUseError(f"another acctd export keeps {config.export.positions_dir}; stop it first") from e
         yield

@@ -5,6 +5,7 @@ not take in time stays there, and a later `acctd run --influx` delivers it besid
 is said, and costs neither the job nor its record.
 """
 
+import signal
 import socket
 import threading
 import time
@@ -29,8 +30,9 @@ from acctd.sinks import ExportConfig, InfluxSink
 from acctd.tables import InfluxTable
 
 _NAME = "run"
-_SINK, _LOCK = "sink.json", "lock"
+_LEFT, _LOCK = "left.json", "lock"
 _PATIENCE = 10.0  # s that the end of the job is waited for a database
+_IMPATIENT = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 _EVERY = 1.0  # s between two samples, but for the first
 _KEYS = {"db": "database", "rp": "retention_policy"}
 _TAKES = "write it like http://HOST:8086?db=NAME, or https://HOST:8086?org=ORG&bucket=NAME&token_file=FILE"
@@ -58,6 +60,13 @@ def parse_sink(text: str) -> InfluxSink:
         return sinks.influx(_NAME, table)
     except UsageError as e:
         raise UsageError(str(e).replace(f"influxdb.{_NAME}.", "--influx: ")) from None
+
+
+class _Left(msgspec.Struct, frozen=True):
+    """What a later run must know of one that could not deliver all."""
+
+    job: str
+    sink: InfluxSink
 
 
 class Series:
@@ -90,7 +99,10 @@ class Series:
         except AcctdError as e:
             say(f"acctd: the record is not sent: {e}")
         self._exporter.end_when_empty()
-        self._exporter.join(_PATIENCE)
+        deadline = time.monotonic() + _PATIENCE
+        while not self._exporter.join(0.05) and time.monotonic() < deadline:
+            if signal.sigtimedwait(_IMPATIENT, 0) is not None:
+                return  # they are blocked here, see supervise.Signals; the job has ended, and so may we
 
     def close(self) -> None:
         """Whatever befell the job: what is not delivered stays."""
@@ -101,7 +113,7 @@ class Series:
             why = self._exporter.trouble(_NAME) or "the database was too slow"
             say(f"acctd: {why}; {self._place} has what waits, for the next --influx")
         else:
-            rmtree(self._place, ignore_errors=True)
+            _remove(self._place)
 
 
 @contextmanager
@@ -117,9 +129,12 @@ def series(agent: Agent, sink: InfluxSink, name: str, environ: Mapping[str, str]
             stack.callback(made.close)
         except (AcctdError, OSError) as e:
             say(f"acctd: no series are sent: {e}")
+        left = [place for place in sorted(outboxes.glob("[!.]*")) if _completed(agent, place)]
         # It ends with us, in whatever request it is: what that was stays where it was.
-        left = threading.Thread(target=_deliver_left, args=(agent, outboxes, environ, stopping), daemon=True)
-        left.start()
+        thread = threading.Thread(
+            target=_deliver_left, args=(agent.config.export, left, environ, stopping), daemon=True
+        )
+        thread.start()
         stack.callback(stopping.set)
         yield made
 
@@ -130,29 +145,50 @@ def _made(outboxes: Path, name: str, sink: InfluxSink, stack: ExitStack) -> Path
     place = outboxes / f"{name}.{time.time_ns()}"
     new = outboxes / f".{place.name}"
     private.make(new)
-    (new / _SINK).write_bytes(msgspec.json.encode(sink))
+    (new / _LEFT).write_bytes(msgspec.json.encode(_Left(name, sink)))
     stack.enter_context(filelock.held(str(new / _LOCK), patience=0.0))
     new.rename(place)
     return place
 
 
-def _deliver_left(agent: Agent, outboxes: Path, environ: Mapping[str, str], stopping: threading.Event) -> None:
-    """Deliver what earlier runs left, one after the other, but for those that are still at it; to each sink as long as
-    it takes something.
+def _completed(agent: Agent, place: Path) -> bool:
+    """Whether a run that is gone has left something here, and all of it: the record of one that was killed was signed
+    by whoever came after it, and while its job goes on there is none.
     """
+    try:
+        with filelock.held(str(place / _LOCK), patience=0.0):
+            left = msgspec.json.decode((place / _LEFT).read_bytes(), type=_Left)
+            if left.job in {row.spec.id for row in agent.ledger.open_jobs()}:
+                return False
+            outbox = Outbox(_export(agent.config.export, place, left.sink), lambda error: say(f"acctd: {error}"))
+            outbox.begin(agent.ledger)
+            outbox.follow_one(agent.ledger, left.job)
+            outbox.close()
+    except ExhaustedError:
+        return False  # its run is still at it
+    except (AcctdError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as e:
+        if place.exists():  # else it was delivered meanwhile
+            say(f"acctd: what an earlier --influx left in {place} cannot be delivered: {e}")
+        return False
+    return True
+
+
+def _deliver_left(
+    export: ExportConfig, places: list[Path], environ: Mapping[str, str], stopping: threading.Event
+) -> None:
+    """Deliver what earlier runs left, one after the other; to each sink as long as it takes something."""
     dead: set[str] = set()
-    for place in sorted(outboxes.glob("[!.]*")):
+    for place in places:
         if stopping.is_set():
             return
         try:
             with filelock.held(str(place / _LOCK), patience=0.0):
-                sink = msgspec.json.decode((place / _SINK).read_bytes(), type=InfluxSink)
-                if sink.identity not in dead and not _delivered(agent.config.export, place, sink, environ, stopping):
+                sink = msgspec.json.decode((place / _LEFT).read_bytes(), type=_Left).sink
+                if sink.identity not in dead and not _delivered(export, place, sink, environ, stopping):
                     dead.add(sink.identity)
-        except ExhaustedError:
-            continue
-        except (AcctdError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as e:
-            say(f"acctd: what an earlier --influx left in {place} cannot be delivered: {e}")
+        except (AcctdError, OSError) as e:
+            if place.exists() and not isinstance(e, ExhaustedError):  # somebody else has it, or has delivered it
+                say(f"acctd: what an earlier --influx left in {place} cannot be delivered: {e}")
 
 
 def _delivered(
@@ -164,8 +200,18 @@ def _delivered(
             continue
     if exporter.backlog():
         return False
-    rmtree(place, ignore_errors=True)
+    _remove(place)
     return True
+
+
+def _remove(place: Path) -> None:
+    """Out of sight first: whoever looks for what is left must not find half of it."""
+    hidden = place.with_name(f".{place.name}")
+    try:
+        place.rename(hidden)
+    except OSError as e:
+        say(f"acctd: {place} is delivered and cannot be removed ({e.strerror})")
+    rmtree(hidden, ignore_errors=True)
 
 
 def _size(outboxes: Path) -> int:

@@ -9,8 +9,9 @@ import msgspec
 from acctd import config as configuration
 from acctd.cli.output import emit
 from acctd.cli.table import Column, clean, plain, short
-from acctd.errors import UsageError
+from acctd.errors import NotPermittedError, UsageError
 from acctd.frames import STREAMS
+from acctd.sinks import ExportConfig
 from acctd.spool import Position, backlog, size
 from exporters import positions
 from exporters.positions import State
@@ -34,6 +35,15 @@ def command(config_path: str | None, as_json: bool) -> None:
     config = configuration.load(config_path, os.environ).export
     if not config.active:
         raise UsageError("the configuration has no sink; add [influxdb.NAME], [json.NAME] or [prometheus]")
+    try:
+        _show(config, as_json=as_json)
+    except PermissionError as e:
+        raise NotPermittedError(
+            f"{e.filename} may not be read by this user; run as root, or as one of export.group"
+        ) from e
+
+
+def _show(config: ExportConfig, *, as_json: bool) -> None:
     found = {name: positions.load(config.positions_dir, name) for name in config.names}
     waiting = {
         name: sum(backlog(config.spool_dir / stream, at) for stream, at in _positions(state).items())

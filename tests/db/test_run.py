@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from acctd.ledger import FILE, Ledger
 from acctd.metrics import BY_NAME
 from lab.topology import Topology
 from tests.db.conftest import Influx1, until
@@ -137,6 +138,30 @@ def test_runs_at_one_time_and_what_many_left_keep_nobody_waiting(node: Node, dat
     run(node, database, "last", "sh", "-c", "sleep 8")
     until(lambda: len(database.ask("SELECT wall_ns FROM acctd_record")) == 20)
     assert list(outboxes.iterdir()) == []
+
+
+def test_the_record_of_a_run_that_was_killed_is_sent_too(node: Node, database: Database) -> None:
+    argv = node.argv(
+        "run", "--id", "cut", "--network", "none", "--influx", f"{database.url}?db=acctd&timeout=0.3", "--"
+    )
+    process = node.topology.popen(node.topology.node, [*argv, "sleep", "3"], env=node.environ, stderr=-3)
+    outboxes = node.directory / "state" / "outbox"
+    until(lambda: list(outboxes.glob("cut.*/spool/samples/*")))
+    process.kill()
+    process.wait()
+    database.start()
+    run(node, database, "while-it-lives", "true")
+    assert [path.name.split(".")[0] for path in outboxes.iterdir()] == ["cut"], "its job goes on"
+    until(lambda: node.acctd("run", "-q", "--network", "none", "--", "true") and _has_record(node, "cut"))
+    run(node, database, "after", "sleep", "2")
+    rows = until(lambda: database.ask("SELECT state FROM acctd_record WHERE job = 'cut'"))
+    assert [row["state"] for row in rows] == ["lost"]
+    assert list(outboxes.iterdir()) == []
+
+
+def _has_record(node: Node, name: str) -> bool:
+    with Ledger(node.directory / "state" / FILE) as ledger:
+        return name in {record.id for record in ledger.records()}
 
 
 def test_a_state_directory_without_room_costs_the_series_and_not_the_job(node: Node, database: Database) -> None:

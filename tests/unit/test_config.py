@@ -231,3 +231,13 @@ def test_config_check_prints_ok_or_every_mistake(tmp_path):
     result = CliRunner().invoke(cli, ["check"], env={"ACCTD_CONFIG": str(path)})
     assert result.exit_code == 78
     assert [line.split(": ")[1].split(" ")[0] for line in result.output.splitlines()] == ["x", "poll_interval"]
+
+
+def test_two_sinks_of_one_name_or_one_file_are_refused():
+    files = '[json.a]\npath = "/x/y"\n[json.b]\npath = "/x//y"\n'
+    text = f'{files}[influxdb.a]\nurl = "http://h"\nversion = 1\ndatabase = "d"\n'
+    _, mistakes = parse(text, None)
+    assert mistakes == [
+        "influxdb.a and json.a have one name; rename one",
+        "json.a.path and json.b.path are one file; choose another",
+    ]

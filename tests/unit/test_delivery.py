@@ -769,7 +769,7 @@ def test_where_positions_cannot_be_stored_is_told_first(tmp_path):
     check_directory(tmp_path / "new" / "place")
     assert list((tmp_path / "new" / "place").iterdir()) == []
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(AcctdError, match=r"export\.positions_dir .* cannot be written"):
+    with pytest.raises(AcctdError, match=r"export\.positions_dir .* cannot be made"):
         check_directory(tmp_path / "file")
 
 

@@ -92,7 +92,7 @@ def test_it_is_on_disk_before_it_has_the_name(tmp_path, monkeypatch):
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or real(fd))
     positions.store(tmp_path, "a", state())
-    assert synced == [f"{tmp_path}/a.partial"]
+    assert synced == [f"{tmp_path}/a.partial", str(tmp_path)]
 
 
 # Names
