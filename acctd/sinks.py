@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+import msgspec
+
 from acctd.errors import NotFoundError, NotPermittedError, UsageError
 from acctd.model import parse_size
 from acctd.tables import ExportTable, InfluxTable, JsonTable, PrometheusTable, Stream
@@ -104,6 +106,9 @@ def influx(name: str, table: InfluxTable) -> InfluxSink:
     """Raises UsageError for what cannot work, with the key."""
     key = f"influxdb.{name}"
     check_name("influxdb", name)
+    for field, value in msgspec.structs.asdict(table).items():
+        if isinstance(value, str) and not value.isprintable():
+            raise UsageError(f"{key}.{field} {value!r} is not usable; it takes printable text")
     if table.version == 1:
         _refuse(key, table, 1, ("org", "bucket", "records_bucket"), "use database and retention_policy")
         _need(key, table, 1, "database")

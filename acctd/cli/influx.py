@@ -5,6 +5,7 @@ not take in time stays there, and a later `acctd run --influx` delivers it besid
 is said, and costs neither the job nor its record.
 """
 
+import os
 import signal
 import socket
 import threading
@@ -21,7 +22,7 @@ import msgspec
 from acctd import sinks, spool
 from acctd.agent import Agent
 from acctd.cli.output import say
-from acctd.errors import AcctdError, ExhaustedError, UsageError
+from acctd.errors import AcctdError, ExhaustedError, NotFoundError, UsageError
 from acctd.exporting import Exporter
 from acctd.job import Job
 from acctd.kernel import filelock, private
@@ -44,11 +45,16 @@ def parse_sink(text: str) -> InfluxSink:
     Other keys are those of [influxdb.NAME]. Raises UsageError, which never shows the URL: there may be a secret in it.
     """
     try:
+        text.encode()
         parts = urlsplit(text)
     except ValueError as e:
         raise UsageError(f"--influx is no URL ({e}); {_TAKES}") from None
+    if not parts.scheme or not parts.netloc:
+        raise UsageError(f"--influx is no URL; {_TAKES}")
     given: dict[str, Any] = {"url": parts._replace(query="").geturl()}
     for key, value in parse_qsl(parts.query, keep_blank_values=True):
+        if key == "url":
+            raise UsageError(f"--influx has a url in its query; {_TAKES}")
         given[_KEYS.get(key, key)] = value
     if "database" in given:
         given.setdefault("version", 1)
@@ -57,9 +63,15 @@ def parse_sink(text: str) -> InfluxSink:
     except msgspec.ValidationError as e:
         raise UsageError(f"--influx is not usable ({e}); {_TAKES}") from None
     try:
-        return sinks.influx(_NAME, table)
+        sink = sinks.influx(_NAME, table)
     except UsageError as e:
         raise UsageError(str(e).replace(f"influxdb.{_NAME}.", "--influx: ")) from None
+    for key in ("token_file", "password_file", "ca_file"):
+        # Said before the job runs. A name without a slash is a credential of systemd's.
+        path = getattr(sink, key)
+        if path is not None and "/" in path and not os.path.exists(path):
+            raise NotFoundError(f"--influx: {key} {path} does not exist; name a file that does")
+    return sink
 
 
 class _Left(msgspec.Struct, frozen=True):
@@ -129,7 +141,9 @@ def series(agent: Agent, sink: InfluxSink, name: str, environ: Mapping[str, str]
             stack.callback(made.close)
         except (AcctdError, OSError) as e:
             say(f"acctd: no series are sent: {e}")
-        left = [place for place in sorted(outboxes.glob("[!.]*")) if _completed(agent, place)]
+        left = [
+            place for place in sorted(outboxes.glob("[!.]*")) if not place.is_symlink() and _completed(agent, place)
+        ]
         # It ends with us, in whatever request it is: what that was stays where it was.
         thread = threading.Thread(
             target=_deliver_left, args=(agent.config.export, left, environ, stopping), daemon=True

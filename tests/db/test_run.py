@@ -180,6 +180,10 @@ def test_a_state_directory_without_room_costs_the_series_and_not_the_job(node: N
         ("http://u:p@x?db=a", "has a user or password in it"),
         ("http://x?db=a&colour=red", "colour"),
         ("http://[x", "is no URL"),
+        ("", "is no URL"),
+        ("http://x?db=\udcff", "is no URL"),
+        ("http://x?db=%00", "printable"),
+        ("http://x?db=a&url=http://y", "url in its query"),
         ("http://u:secret@x?db=a&foo=1", "foo"),
     ],
 )
