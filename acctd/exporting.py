@@ -21,20 +21,17 @@ if TYPE_CHECKING:
     from exporters.follow import Follower
     from exporters.scrape import Scrape
 
+_PATIENCE = 2.0  # s for requests that are under way when all ends
 _AGAIN = 10.0  # s until a sink that could not be begun is begun again
 
 log = logging.getLogger("acctd")
 
 
 class Exporter:
-    """Use as a context manager; leaving it stores all positions and ends all threads."""
+    """Use as a context manager; leaving it ends all threads, but for those that are in a request, see stop()."""
 
-    def __init__(self, config: ExportConfig, host: str, environ: Mapping[str, str], *, lasting: bool = True) -> None:
-        """Not `lasting`: stop() waits for no request that is under way, and nobody need wait for its end.
-
-        Raises AcctdError where positions cannot be kept.
-        """
-        self._lasting = lasting
+    def __init__(self, config: ExportConfig, host: str, environ: Mapping[str, str]) -> None:
+        """Raises AcctdError where positions cannot be kept."""
         self._config, self._host, self._environ = config, host, environ
         self._stopping = threading.Event()
         self._finite = threading.Event()  # each sink ends once it has delivered what there is
@@ -58,9 +55,8 @@ class Exporter:
         if until_empty:
             self.end_when_empty()
         for sink in self._sinks():
-            thread = threading.Thread(
-                target=self._run, args=(sink,), name=f"sink {sink.name}", daemon=not self._lasting
-            )
+            # None holds up the end of the process: who is cut off in a request makes it again.
+            thread = threading.Thread(target=self._run, args=(sink,), name=f"sink {sink.name}", daemon=True)
             self._threads.append(thread)
             thread.start()
         if self._config.prometheus is not None and not until_empty:
@@ -95,12 +91,12 @@ class Exporter:
             return self.deliveries[name].numbers().trouble
         return self._told.get(name)
 
-    def stop(self) -> None:
-        """End all. A lasting one waits for requests that are under way, as long as their sinks' timeouts let it."""
+    def stop(self, patience: float = _PATIENCE) -> None:
+        """End all. What is still in a request after `patience` s is left to end with the process; it must end then."""
         self._stopping.set()
         for delivery in list(self.deliveries.values()):
             delivery.stop()
-        self.join(None if self._lasting else 0.0)
+        self.join(patience)
         if self._scraped is not None:
             for each in self._scraped:
                 each.close()
@@ -113,11 +109,10 @@ class Exporter:
 
         board = Board(grace=sink.grace, scheduler=self._config.scheduler)
         follower = Follower(board, self._config.spool_dir)
-        names = [each.name for each in self._sinks()]
-        scrape = Scrape(sink, Exposition(board, self._config.cluster, names, self.deliveries).render)
+        scrape = Scrape(sink, Exposition(board, self._config.cluster, self._config.names, self.deliveries).render)
         follower.start()
         self._scraped = follower, scrape
-        thread = threading.Thread(target=self._listen, args=(scrape,), name="listen")
+        thread = threading.Thread(target=self._listen, args=(scrape,), name="listen", daemon=True)
         self._threads.append(thread)
         thread.start()
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import msgspec
 
 from acctd.meter import State
-from acctd.model import Record
+from acctd.metrics import LIMITS
+from acctd.model import Limits, Record
 
 SAMPLES, EVENTS, RECORDS = STREAMS = ("samples", "events", "records")
 """The streams of the spool. The oldest samples go first where it is full, then events, records never."""
@@ -28,7 +29,7 @@ class Sample(msgspec.Struct, frozen=True, tag="sample", tag_field="kind", omit_d
     totals: State  # gauges included
     parent: str | None = None  # the job whose totals include these
     tags: dict[str, str] = {}
-    limits: dict[str, float | int] = {}  # memory, memory_soft, swap (bytes), cpus, pids: those it has
+    limits: dict[str, float | int] = {}  # of metrics.LIMITS those it has
     stacked: tuple[str, ...] = ()  # devices whose I/O is counted again under the device they lie on
 
 
@@ -97,3 +98,8 @@ def decode(line: bytes) -> Frame:
 def tag(tags: Mapping[str, str], name: str) -> str | None:
     """A job's tag in any case, as ClassAds have it: `account` and `scheduler` mean something to exporters."""
     return next((value for key, value in tags.items() if key.lower() == name), None)
+
+
+def limits_of(limits: Limits) -> dict[str, float | int]:
+    """Those that are published and that a job has, as a Sample holds them."""
+    return {name: value for name in LIMITS if (value := getattr(limits, name)) is not None}

@@ -1,7 +1,8 @@
 """Every number that acctd publishes, declared once: name, unit, kind, help, and what each exporter calls it.
 
 Collectors emit readings under these metrics and nothing else; exporters and docs/metrics.md derive their names from
-here. Pure data, floor 0. Integers all the way: an exporter scales at the edge, nothing before it rounds.
+here; so are the limits that stand beside them. Pure data, floor 0. Integers all the way: an exporter scales at the
+edge, nothing before it rounds.
 """
 
 from dataclasses import dataclass
@@ -48,8 +49,12 @@ class Metric:
     def field(self) -> str:
         """InfluxDB's field: the rest of the name, and the unit where that is one of size or time; always an integer."""
         stem = self.name if "stall" in self.name else self.name.partition("_")[2]
-        unit = self.unit if self.unit in _WRITTEN or not stem else ""
-        return "_".join(part for part in (stem, unit) if part)
+        return "_".join(part for part in (stem, self.suffix if stem else self.unit) if part)
+
+    @property
+    def suffix(self) -> str:
+        """The unit as names in InfluxDB end with it: only one of size or time is written."""
+        return self.unit if self.unit in _WRITTEN else ""
 
     @property
     def prometheus(self) -> str:
@@ -66,6 +71,30 @@ class Metric:
     def labels(self) -> tuple[str, ...]:
         """What a reading's label is called outside; a rule's name is taken apart, see split_rule()."""
         return _LABELS.get(self.measurement, ())
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """An amount that a job may use of something, published beside what it does use; model.Limits.`name`."""
+
+    name: str
+    unit: str
+    help: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is an integer always; cores are a fraction."""
+        return self.unit != "cores"
+
+    @property
+    def field(self) -> str:
+        """InfluxDB's field in acctd_limit; with `limit_` before it in acctd_record."""
+        return f"{self.name}_{self.unit}" if self.unit in _WRITTEN else self.name
+
+    @property
+    def prometheus(self) -> str:
+        """Prometheus' name; bytes are its base unit, too."""
+        return f"acctd_job_limit_{self.field}"
 
 
 def camel(name: str) -> str:
@@ -172,3 +201,14 @@ NFS = (NFS_READ_BYTES, NFS_WRITE_BYTES, NFS_READS, NFS_WRITES, NFS_OPERATIONS, N
 
 CATALOGUE: tuple[Metric, ...] = tuple(value for value in globals().values() if isinstance(value, Metric))
 BY_NAME: dict[str, Metric] = {metric.name: metric for metric in CATALOGUE}
+
+LIMITS: dict[str, Limit] = {
+    limit.name: limit
+    for limit in (
+        Limit("memory", "bytes", "memory that the job may use"),
+        Limit("memory_soft", "bytes", "memory above which the job is pushed back first"),
+        Limit("swap", "bytes", "swap that the job may use, beside the memory"),
+        Limit("cpus", "cores", "cores that the job may use"),
+        Limit("pids", "tasks", "processes and threads that the job may have"),
+    )
+}

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import msgspec
 
 from acctd.errors import UsageError
-from acctd.frames import AgentSample, EventFrame, Frame, Mark, RecordFrame, Sample, tag
+from acctd.frames import AgentSample, EventFrame, Frame, Mark, RecordFrame, Sample, limits_of, tag
 from acctd.meter import State
-from acctd.metrics import CATALOGUE
-from acctd.model import CLASSES_MAX, INT64_MAX, check_job_id
+from acctd.metrics import CATALOGUE, LIMITS
+from acctd.model import CLASSES_MAX, INT64_MAX, Record, check_job_id
 
 JOBS_MOST = 10_000
 LABELS_MOST = {"device": 32, "mount": 32, "class": 2 * (CLASSES_MAX + 1)}
@@ -26,7 +26,6 @@ LABELS_MOST = {"device": 32, "mount": 32, "class": 2 * (CLASSES_MAX + 1)}
 REST = "other"
 """No device, no mount point and no rule is called so."""
 TEXT_MOST = 256  # characters of a label: a scraper that has a limit refuses all of a node for one longer one
-LIMITS = ("memory", "memory_soft", "swap", "cpus", "pids")
 
 _KINDS = {metric.name: metric.labels[0] if metric.labels else "" for metric in CATALOGUE}
 _NUMBERS_MOST = 128  # of an agent
@@ -81,14 +80,15 @@ class Board:
             try:
                 match frame:
                     case Sample():
-                        self._take_sample(frame)
+                        self._take_job(frame, frame.job, frame.limits, frame.time, finished=False)
                     case RecordFrame():
-                        self._take_record(frame)
+                        record = frame.record()
+                        self._take_job(record, record.id, limits_of(record.limits), frame.time, finished=True)
                     case AgentSample():
                         self._take_agent(frame)
                     case EventFrame() | Mark():
                         pass
-            except (UsageError, ValueError, msgspec.MsgspecError):
+            except (UsageError, ValueError, msgspec.MsgspecError, RecursionError):
                 self._errors += 1
 
     def leave_out(self, count: int = 1) -> None:
@@ -107,49 +107,34 @@ class Board:
             up = self._agent is not None and now - self._agent_made <= patience
             return Seen(list(self._jobs.values()), self._agent, up, self._errors)
 
-    def _take_sample(self, frame: Sample) -> None:
-        before = self._jobs.get(frame.job)
-        if before is not None and before.time > frame.time:
-            return  # it was left before the job's end
+    def _take_job(
+        self, what: Sample | Record, job: str, limits: Mapping[str, float | int], time_ns: int, *, finished: bool
+    ) -> None:
+        before = self._jobs.get(job)
+        if before is not None and before.time > time_ns:
+            return  # a sample from before the job's end, or a record of another job that had the id
         apart = before.apart if before is not None else {}
         shown = Shown(
-            job=check_job_id(frame.job),
-            owner=_text(frame.owner),
-            account=_text(tag(frame.tags, "account")),
-            scheduler=_text(tag(frame.tags, "scheduler") or self._scheduler),
-            parent=_text(frame.parent),
-            network=_text(frame.network),
-            totals=self._totals(frame.totals, frame.stacked, apart),
-            limits=self._limits(frame.limits),
-            finished=False,
-            time=frame.time,
-            made=_made(frame.time),
-            apart=apart,
-        )
-        self._put(shown)
-
-    def _take_record(self, frame: RecordFrame) -> None:
-        record = frame.record()
-        before = self._jobs.get(record.id)
-        if before is not None and before.time > frame.time:
-            return  # the id is another job's by now
-        apart = before.apart if before is not None else {}
-        limits = {name: value for name in LIMITS if (value := getattr(record.limits, name)) is not None}
-        shown = Shown(
-            job=check_job_id(record.id),
-            owner=_text(record.owner),
-            account=_text(tag(record.tags, "account")),
-            scheduler=_text(tag(record.tags, "scheduler") or self._scheduler),
-            parent=_text(record.parent),
-            network=_text(record.network),
-            totals=self._totals(record.totals, record.stacked, apart),
+            job=check_job_id(job),
+            owner=_text(what.owner),
+            account=_text(tag(what.tags, "account")),
+            scheduler=_text(tag(what.tags, "scheduler") or self._scheduler),
+            parent=_text(what.parent),
+            network=_text(what.network),
+            totals=self._totals(what.totals, what.stacked, apart),
             limits=self._limits(limits),
-            finished=True,
-            time=frame.time,
-            made=_made(frame.time),
+            finished=finished,
+            time=time_ns,
+            made=_made(time_ns),
             apart=apart,
         )
-        self._put(shown)
+        self._jobs.pop(job, None)  # to the end: the first of the finished ones is the oldest
+        if len(self._jobs) >= JOBS_MOST:
+            oldest = next((other.job for other in self._jobs.values() if other.finished), None)
+            if oldest is None:
+                raise ValueError("too many jobs")
+            del self._jobs[oldest]
+        self._jobs[job] = shown
 
     def _take_agent(self, frame: AgentSample) -> None:
         if not 0 < frame.interval <= _INTERVAL_MOST:
@@ -159,15 +144,6 @@ class Board:
         self._errors += len(frame.numbers) - len(numbers)
         self._agent = AgentSample(frame.time, frame.interval, version, numbers)
         self._agent_made = _made(frame.time)
-
-    def _put(self, shown: Shown) -> None:
-        self._jobs.pop(shown.job, None)  # to the end: the first of the finished ones is the oldest
-        if len(self._jobs) >= JOBS_MOST:
-            oldest = next((job for job, other in self._jobs.items() if other.finished), None)
-            if oldest is None:
-                raise ValueError("too many jobs")
-            del self._jobs[oldest]
-        self._jobs[shown.job] = shown
 
     def _patience(self) -> float:
         interval = self._agent.interval if self._agent is not None else _INTERVAL

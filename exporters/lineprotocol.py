@@ -14,14 +14,14 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
-from acctd.frames import AgentSample, EventFrame, Frame, RecordFrame, Sample, tag
+from acctd.frames import AgentSample, EventFrame, Frame, RecordFrame, Sample, limits_of, tag
 from acctd.meter import State
-from acctd.metrics import BY_NAME, NETWORK_BYTES, NETWORK_PACKETS, Metric, split_rule
+from acctd.metrics import BY_NAME, LIMITS, NETWORK_BYTES, NETWORK_PACKETS, Metric, split_rule
 from acctd.model import INT64_MAX, Record
 from acctd.sinks import ExportConfig, InfluxSink
 from exporters.delivery import Item
 
-SAMPLES, RECORDS = "samples", "records"
+TO_SAMPLES, TO_RECORDS = "samples", "records"
 """The places an item goes to: what is kept for weeks, and what is kept for years."""
 
 NONE = "-"
@@ -30,9 +30,7 @@ NONE = "-"
 STRING_BYTES = 65535
 """A longer string cannot be stored by InfluxDB 1; the field is left out then, and the point is not lost for it."""
 
-_WRITTEN = ("bytes", "ns", "us", "ms")
 _PER_RULE = (NETWORK_BYTES, NETWORK_PACKETS)
-_LIMITS = {"memory": "memory_bytes", "memory_soft": "memory_soft_bytes", "swap": "swap_bytes", "pids": "pids"}
 _BACKSLASH = re.compile(r"\\(?=[\\,= ]|\Z)")
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
 _SPECIAL = re.compile(r"[,= ]")
@@ -59,7 +57,7 @@ class Lines:
                 return [self._event(frame)]
             case AgentSample():
                 fields = [f"{key(name)}={value!r}" for name, value in _finite(frame.numbers)]
-                return [_item(SAMPLES, self._agent, fields, frame.time)] if fields else []
+                return [_item(TO_SAMPLES, self._agent, fields, frame.time)] if fields else []
         return []  # a mark says where a ledger began, and nothing about a job
 
     def _job(self, job: str, owner: str, parent: str | None, scheduler: str) -> tuple[str, str]:
@@ -74,7 +72,7 @@ class Lines:
         tags, job = self._jobs(frame.job, frame.owner, frame.parent, scheduler)
         items = _points(tags, job, frame.totals, frame.stacked, frame.time)
         if fields := _limit_fields(frame.limits, ""):
-            items.append(_item(SAMPLES, f"acctd_limit{tags} {job}", fields, frame.time))
+            items.append(_item(TO_SAMPLES, f"acctd_limit{tags} {job}", fields, frame.time))
         return items
 
     def _event(self, frame: EventFrame) -> Item:
@@ -84,14 +82,14 @@ class Lines:
         if text := string(frame.text):
             fields.append(f"text={text}")
         head = f"acctd_event{tags},event={tag_value(frame.event)} {job}"
-        return _item(SAMPLES, head, fields, stamp(frame.time, frame.number))
+        return _item(TO_SAMPLES, head, fields, stamp(frame.time, frame.number))
 
     def _record(self, frame: RecordFrame) -> list[Item]:
         record = frame.record()
         scheduler = tag(record.tags, "scheduler") or self._scheduler
         tags, job = self._jobs(record.id, record.owner, record.parent, scheduler)
         fields = [*_total_fields(record), *_other_fields(record)]
-        items = [_item(RECORDS, f"acctd_record{tags} {job}", fields, stamp(record.ended, frame.number))]
+        items = [_item(TO_RECORDS, f"acctd_record{tags} {job}", fields, stamp(record.ended, frame.number))]
         # A job that was shorter than a tick has no sample; with these it has a series, and all others their last value.
         items += _points(tags, job, record.totals, record.stacked, frame.time)
         return items
@@ -145,7 +143,7 @@ def _points(tags: str, job: str, totals: State, stacked: tuple[str, ...], time: 
             else:
                 series[at] = [f"{field}={value}i"]
     return [
-        _item(SAMPLES, f"{measurement}{tags}{_label_tags(measurement, label)} {job}", fields, time)
+        _item(TO_SAMPLES, f"{measurement}{tags}{_label_tags(measurement, label)} {job}", fields, time)
         for (measurement, label), fields in series.items()
     ]
 
@@ -173,8 +171,7 @@ def _labels(measurement: str) -> tuple[str, ...]:
 
 def record_field(metric: Metric, rule: str = "") -> str:
     """A total's field in acctd_record, where all of them are in one point: the metric's name, the rule, the unit."""
-    unit = metric.unit if metric.unit in _WRITTEN else ""
-    return "_".join(part for part in (metric.name, rule, unit) if part)
+    return "_".join(part for part in (metric.name, rule, metric.suffix) if part)
 
 
 def _total_fields(record: Record) -> list[str]:
@@ -204,20 +201,20 @@ def _other_fields(record: Record) -> list[str]:
         "tags": json.dumps(record.tags, ensure_ascii=False, separators=(",", ":")) if record.tags else None,
         "notes": " ".join(record.notes) or None,
     }
-    limits = {name: getattr(record.limits, name) for name in (*_LIMITS, "cpus")}
     fields = [f"{name}={value}i" for name, value in integers.items() if value is not None]
     for name, text in strings.items():
         if text is not None and (quoted := string(text)) is not None:
             fields.append(f"{name}={quoted}")
-    return fields + _limit_fields({name: value for name, value in limits.items() if value is not None}, "limit_")
+    return fields + _limit_fields(limits_of(record.limits), "limit_")
 
 
 def _limit_fields(limits: Mapping[str, float | int], prefix: str) -> list[str]:
-    """Cores are a fraction, everything else is counted: a field has one type for ever."""
-    fields = [f"{prefix}{field}={int(limits[name])}i" for name, field in _LIMITS.items() if name in limits]
-    if "cpus" in limits:
-        fields.append(f"{prefix}cpus={float(limits['cpus'])!r}")
-    return fields
+    """A field has one type for ever, whatever a limit was written as."""
+    had = [(limit, limits[name]) for name, limit in LIMITS.items() if name in limits]
+    return [
+        f"{prefix}{limit.field}={int(value)}i" if limit.whole else f"{prefix}{limit.field}={float(value)!r}"
+        for limit, value in had
+    ]
 
 
 def _finite(numbers: Mapping[str, float]) -> Iterable[tuple[str, float]]:

@@ -7,7 +7,7 @@ https://prometheus.io/docs/instrumenting/exposition_formats/ https://prometheus.
 """
 
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
@@ -16,18 +16,9 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.registry import Collector
 
 from acctd.kernel import procs
-from acctd.metrics import CATALOGUE, split_rule
+from acctd.metrics import CATALOGUE, LIMITS, split_rule
 from exporters.board import Board, Seen, Shown
 from exporters.delivery import Delivery
-
-LIMITS = {
-    "memory": ("acctd_job_limit_memory_bytes", "memory that the job may use"),
-    "memory_soft": ("acctd_job_limit_memory_soft_bytes", "memory above which the job is pushed back first"),
-    "swap": ("acctd_job_limit_swap_bytes", "swap that the job may use, beside the memory"),
-    "cpus": ("acctd_job_limit_cpus", "cores that the job may use"),
-    "pids": ("acctd_job_limit_pids", "processes and threads that the job may have"),
-}
-"""Of each of board.LIMITS the name and help."""
 
 INFO = "acctd_job_info"
 
@@ -51,16 +42,16 @@ AGENT: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str]
 
 
 class Exposition:
-    """Renders a board. `deliveries` are the sinks at work, by name; they may come and go meanwhile."""
+    """Renders a board. `sinks` are those configured; of them `deliveries` are at work, which come and go meanwhile."""
 
-    def __init__(self, board: Board, cluster: str, deliveries: Mapping[str, Delivery]) -> None:
-        self._board, self._cluster, self._deliveries = board, cluster, deliveries
+    def __init__(self, board: Board, cluster: str, sinks: Collection[str], deliveries: Mapping[str, Delivery]) -> None:
+        self._board, self._cluster, self._sinks, self._deliveries = board, cluster, sinks, deliveries
 
     def render(self, openmetrics: bool) -> bytes:
         """All of it as of now."""
         seen = self._board.seen()
         pieces = [text.encode() for text in _families(seen.jobs, self._cluster, openmetrics)]
-        node = Node(seen, self._board, self._cluster, dict(self._deliveries))
+        node = Node(seen, self._board, self._cluster, {name: self._deliveries.get(name) for name in self._sinks})
         if openmetrics:
             pieces.append(generate_openmetrics(node))  # type: ignore[no-untyped-call]  # it ends with the end mark
         else:
@@ -71,7 +62,8 @@ class Exposition:
 class Node(Collector):
     """The numbers that are not a job's: the agent's, the sinks', this process'."""
 
-    def __init__(self, seen: Seen, board: Board, cluster: str, deliveries: Mapping[str, Delivery]) -> None:
+    def __init__(self, seen: Seen, board: Board, cluster: str, deliveries: Mapping[str, Delivery | None]) -> None:
+        """None: the sink could not be begun, or not yet."""
         self._seen, self._board, self._cluster, self._deliveries = seen, board, cluster, deliveries
 
     def collect(self) -> Iterator[Family]:
@@ -115,9 +107,13 @@ class Node(Collector):
         backlog = GaugeMetricFamily("acctd_sink_backlog_bytes", "what of the spool is still to be sent", labels=sink)
         up = GaugeMetricFamily("acctd_sink_up", "1 if the sink takes points, 0 while it does not", labels=sink)
         accepted = GaugeMetricFamily(
-            "acctd_sink_accepted_timestamp_seconds", "when the sink last accepted a request", labels=sink
+            "acctd_sink_accepted_timestamp_seconds", "when the sink last accepted a request, 0 for never", labels=sink
         )
         for name, delivery in self._deliveries.items():
+            if delivery is None:
+                up.add_metric((name,), 0)
+                accepted.add_metric((name,), 0)
+                continue  # what it has counted is not known; zeros would be counters that were set back
             state = delivery.numbers()
             counts = state.counts
             sent.add_metric((name,), counts.sent)
@@ -128,8 +124,7 @@ class Node(Collector):
             for stream, lines in dict(counts.dropped).items():
                 dropped.add_metric((name, stream), lines)
             up.add_metric((name,), state.trouble is None)
-            if state.accepted:
-                accepted.add_metric((name,), state.accepted)
+            accepted.add_metric((name,), state.accepted or 0)  # or there were nothing to compare with: no alert
             try:
                 backlog.add_metric((name,), delivery.backlog())
             except OSError:
@@ -159,11 +154,14 @@ def _families(jobs: Sequence[Shown], cluster: str, openmetrics: bool) -> Iterato
         else:
             lines = [f"{name}{labels} {value / per}\n" for labels, value in values]
         yield _family(name, metric.kind, metric.help, lines, openmetrics)
-    for limit, (name, what) in LIMITS.items():
+    for limit in LIMITS.values():
+        name = limit.prometheus
         lines = [
-            f"{name}{mine} {job.limits[limit]}\n" for job, mine in zip(jobs, own, strict=True) if limit in job.limits
+            f"{name}{mine} {job.limits[limit.name]}\n"
+            for job, mine in zip(jobs, own, strict=True)
+            if limit.name in job.limits
         ]
-        yield _family(name, "gauge", what, lines, openmetrics)
+        yield _family(name, "gauge", limit.help, lines, openmetrics)
     where = _escaped(cluster)
     lines = [
         f'{INFO}{{jobid="{job.job}",owner="{_escaped(job.owner)}",account="{_escaped(job.account)}",'

@@ -13,13 +13,13 @@ import pytest
 
 from acctd.cost import Cost
 from acctd.frames import AgentSample, Frame, RecordFrame, Sample, encode
-from acctd.metrics import CATALOGUE, split_rule
+from acctd.metrics import CATALOGUE, LIMITS, split_rule
 from acctd.model import Limits, Record
 from acctd.sinks import PrometheusSink
 from acctd.spool import Writer
 from exporters.board import Board
 from exporters.follow import Follower
-from exporters.prometheus import LIMITS, Exposition
+from exporters.prometheus import Exposition
 from exporters.scrape import Scrape
 from tests.db.conftest import Prometheus, until
 
@@ -40,7 +40,7 @@ class Node:
             (directory / name).mkdir(parents=True)
         self._writers = {name: Writer(directory / name) for name in ("samples", "records")}
         self.board = Board(grace=300, scheduler="slurm")
-        self.exposition = Exposition(self.board, "site", {})
+        self.exposition = Exposition(self.board, "site", ("never",), {})
         self._follower = Follower(self.board, directory)
         sink = PrometheusSink(address=("127.0.0.1", 0), grace=300)
         self._scrape = Scrape(sink, self.exposition.render)
@@ -125,7 +125,7 @@ def test_every_declared_metric_of_a_living_job_and_of_one_that_has_ended(node: N
     )  # fmt: skip
     assert stored(prometheus, "1.0") == {
         **wanted("1.0", living),
-        **{one("1.0", LIMITS[name][0]): value for name, value in limits.items()},
+        **{one("1.0", LIMITS[name].prometheus): value for name, value in limits.items()},
         info: 1.0,
     }
     info = one(
@@ -225,3 +225,13 @@ def test_the_questions_of_the_page_have_answers(node: Node, prometheus: Promethe
     until(asked)
     (row,) = prometheus.query(questions[1])
     assert row["metric"] == {"owner": "alice", "class": "External"}
+
+
+def test_a_sink_that_was_never_accepted_raises_the_alarm(node: Node, prometheus: Prometheus) -> None:
+    """As the page's rule asks: of a sink with a wrong token there is no time at which it was last accepted."""
+    (rules,) = yaml("prometheus.md", "groups:")
+    found = re.search(r"alert: AcctdSinkStuck\n +expr: (.*)\n", rules)
+    assert found
+    until(lambda: prometheus.query(found[1]))
+    (row,) = prometheus.query(found[1])
+    assert row["metric"]["sink"] == "never"

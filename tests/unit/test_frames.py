@@ -1,5 +1,7 @@
 """Frames are one line each, come back as they were, and are read also from an agent that knows more."""
 
+from dataclasses import fields
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -13,8 +15,11 @@ from acctd.frames import (
     Sample,
     decode,
     encode,
+    limits_of,
     tag,
 )
+from acctd.metrics import LIMITS
+from acctd.model import Limits
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 whole = st.integers(0, 2**64)
@@ -108,3 +113,13 @@ def test_tags_that_mean_something_are_found_in_any_case():
     assert tag({"Account": "physics", "x": "y"}, "account") == "physics"
     assert tag({"SCHEDULER": "slurm"}, "scheduler") == "slurm"
     assert tag({"accounts": "no"}, "account") is None
+
+
+def test_limits_that_are_published_are_those_of_the_model():
+    limits = Limits(memory=2**30, memory_soft=2**29, swap=0, cpus=1.5, cpu_burst=1.0, cpu_shares=7, cpuset="0", pids=9)
+    amounts = {"memory": 2**30, "memory_soft": 2**29, "swap": 0, "cpus": 1.5, "pids": 9}
+    assert limits_of(limits) == amounts
+    assert limits_of(Limits()) == {}
+    # One that is added to the model is an amount, to be published; or it stands here.
+    named = {each.name for each in fields(Limits)} - {"cpu_burst", "cpu_shares", "cpuset", "memory_policy"}
+    assert named == LIMITS.keys()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from acctd.frames import AgentSample, EventFrame, Frame, Mark, RecordFrame, Sample
+from acctd.frames import AgentSample, EventFrame, Frame, Mark, RecordFrame, Sample, limits_of
 from acctd.metrics import CATALOGUE
 from acctd.model import INT64_MAX, Limits, Record
 from acctd.sinks import ExportConfig, InfluxSink
@@ -150,6 +150,14 @@ def test_limits_have_types_that_do_not_change() -> None:
     for cpus in (2, 2.0, 0.5):
         found = encoded(sample(totals={}, limits={"memory": 2**30, "swap": 0, "cpus": cpus}))
         assert found[0][1].endswith(f" memory_bytes=1073741824i,swap_bytes=0i,cpus={float(cpus)} {TIME}")
+
+
+def test_every_limit_has_a_field_in_samples_and_in_records() -> None:
+    limits = Limits(memory=2**30, memory_soft=2**29, swap=5, cpus=1.5, cpu_shares=7, pids=9)
+    fields = ["memory_bytes=1073741824i", "memory_soft_bytes=536870912i", "swap_bytes=5i", "cpus=1.5", "pids=9i"]
+    assert encoded(sample(totals={}, limits=limits_of(limits)))[0][1].split(" ")[1].split(",") == fields
+    written = encoded(frame(record(limits=limits)))[0][1].split(" ")[1].split(",")
+    assert [field for field in written if field.startswith("limit_")] == [f"limit_{field}" for field in fields]
 
 
 def test_a_record_is_one_point_and_the_last_sample() -> None:

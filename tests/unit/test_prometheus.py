@@ -1,5 +1,7 @@
 """The text that is served, read by prometheus_client's parsers: all that is on the board is in it, nothing twice."""
 
+import os
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,13 +13,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from acctd.cost import Cost
-from acctd.frames import AgentSample, EventFrame, Sample, encode
-from acctd.metrics import BY_NAME, CATALOGUE, split_rule
+from acctd.exporting import Exporter
+from acctd.frames import STREAMS, AgentSample, EventFrame, Sample, encode
+from acctd.metrics import BY_NAME, CATALOGUE, LIMITS, split_rule
+from acctd.sinks import ExportConfig, InfluxSink, JsonSink, PrometheusSink
 from acctd.spool import Writer
-from exporters import board as bounds
 from exporters.board import LABELS_MOST, Board
 from exporters.delivery import Delivery, UnavailableError
-from exporters.prometheus import AGENT, LIMITS, Exposition
+from exporters.prometheus import AGENT, Exposition
 
 REPO = Path(__file__).parents[2]
 LABELS = {(): ("",), ("device",): ("8:0", "8:16"), ("mount",): ("/data", '/my "own"\\040\n'),
@@ -29,11 +32,11 @@ def sample(job, totals, **other):
     return Sample(time=time.time_ns(), job=job, totals=totals, **{**first, **other})
 
 
-def exposition(*frames, deliveries=None, cluster="site"):
+def exposition(*frames, sinks=("db",), deliveries=None, cluster="site"):
     made = Board(grace=300)
     for frame in frames:
         made.take(frame)
-    return Exposition(made, cluster, deliveries or {})
+    return Exposition(made, cluster, () if deliveries is None else sinks, {} if deliveries is None else deliveries)
 
 
 def parsed(text, parse):
@@ -54,6 +57,13 @@ def both(made):
     assert {key: text[key] for key in text.keys() - own} == {key: openmetrics[key] for key in openmetrics.keys() - own}
     assert text.keys() == openmetrics.keys()
     return text
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def key(name, **labels):
@@ -91,7 +101,7 @@ def test_every_declared_metric_is_there_once_a_job_and_equals_the_frame():
 
 
 def test_names_are_as_prometheus_wants_them():
-    names = [metric.prometheus for metric in CATALOGUE] + [name for name, _ in LIMITS.values()]
+    names = [metric.prometheus for metric in CATALOGUE] + [limit.prometheus for limit in LIMITS.values()]
     assert len(set(names)) == len(names)
     for metric in CATALOGUE:
         assert metric.prometheus.endswith("_total") == (metric.kind == "counter")
@@ -120,10 +130,9 @@ def test_whose_job_it_is_stands_on_one_series():
 
 
 def test_limits():
-    assert LIMITS.keys() == set(bounds.LIMITS)
     limits = {"memory": 2**63 - 1, "memory_soft": 5, "swap": 0, "cpus": 1.5, "pids": 9}
     seen = both(exposition(sample("1.0", {}, limits=limits), sample("2.0", {})))
-    assert {name: seen[key(LIMITS[name][0], jobid="1.0")] for name in LIMITS} == limits
+    assert {name: seen[key(LIMITS[name].prometheus, jobid="1.0")] for name in LIMITS} == limits
     assert not any(dict(labels).get("jobid") == "2.0" for name, labels in seen if "limit" in name)
 
 
@@ -193,7 +202,7 @@ def test_the_sinks(tmp_path):
     made = exposition(deliveries={"db": delivery})
     before = both(made)
     assert before[key("acctd_sink_backlog_bytes", sink="db")] > 0
-    assert key("acctd_sink_accepted_timestamp_seconds", sink="db") not in before
+    assert before[key("acctd_sink_accepted_timestamp_seconds", sink="db")] == 0
     delivery.run(until_empty=True)
     delivery.numbers().counts.dropped["samples"] = 9
     seen = both(made)
@@ -211,6 +220,51 @@ def test_the_sinks(tmp_path):
     assert seen[key("acctd_sink_dropped_total", sink="db", stream="samples")] == 9
     delivery.numbers().trouble = "down"
     assert both(made)[key("acctd_sink_up", sink="db")] == 0
+
+
+def test_a_sink_that_could_not_be_begun_is_down_and_its_counters_are_not_set_back(tmp_path):
+    deliveries = {}
+    made = exposition(sinks=("db", "none"), deliveries=deliveries)
+    down = {("acctd_sink_up", 0), ("acctd_sink_accepted_timestamp_seconds", 0)}
+    assert {(name, value) for (name, labels), value in both(made).items() if ("sink", "none") in labels} == down
+    deliveries["db"] = Delivery("db", Store(), tmp_path, tmp_path)
+    seen = both(made)
+    assert seen[key("acctd_sink_up", sink="db")] == 1
+    assert {(name, value) for (name, labels), value in seen.items() if ("sink", "none") in labels} == down
+
+
+def test_every_configured_sink_is_shown(tmp_path):
+    """By the exporter itself: one has no token, one a position that is damaged."""
+    spool, positions, address = tmp_path / "spool", tmp_path / "positions", str(tmp_path / "metrics.sock")
+    for stream in STREAMS:
+        (spool / stream).mkdir(parents=True)
+    Writer(spool / "events").append([encode(EventFrame(1, 1.0, "started", "x"))])
+    positions.mkdir()
+    (positions / "damaged.json").write_text("{broken")
+    tokenless = InfluxSink(
+        name="tokenless", url="http://127.0.0.1:9", version=2, bucket="b", records_bucket="b", org="o",
+        token_file=str(tmp_path / "no_such"),
+    )  # fmt: skip
+    config = ExportConfig(
+        spool_dir=spool,
+        positions_dir=positions,
+        influxdb=(tokenless,),
+        json=tuple(JsonSink(name=name, path=tmp_path / f"{name}.jsonl") for name in ("damaged", "well")),
+        prometheus=PrometheusSink(address=address, grace=0),
+    )
+    with Exporter(config, "node1", {}) as exporter:
+        exporter.start()
+        until(lambda: exporter.trouble("tokenless") and exporter.trouble("damaged") and exporter.sent() == 1)
+        until(lambda: os.path.exists(address))
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address)
+            connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            with connection.makefile("rb") as answer:
+                text = answer.read().partition(b"\r\n\r\n")[2]
+    seen = parsed(text, parse_text)
+    for name, up in {"tokenless": 0, "damaged": 0, "well": 1}.items():
+        assert seen[key("acctd_sink_up", sink=name)] == up
+        assert (seen[key("acctd_sink_accepted_timestamp_seconds", sink=name)] > 0) == bool(up)
 
 
 def test_a_spool_that_cannot_be_looked_at_costs_one_number(tmp_path):

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily
 
-from acctd.metrics import Metric
-from exporters.prometheus import AGENT, LIMITS
-
-_LIMIT_FIELDS = {"memory": "memory_bytes", "cpus": "cpus", "pids": "pids"}
+from acctd.metrics import LIMITS, Metric
+from exporters.prometheus import AGENT
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,8 @@ def of(metric: Metric) -> Number:
 
 
 def limit(name: str) -> Number:
-    """A limit of a job: memory, cpus, pids."""
-    return Number("acctd_limit", _LIMIT_FIELDS[name], LIMITS[name][0])
+    """A limit of a job. Raises KeyError for one that is not published."""
+    return Number("acctd_limit", LIMITS[name].field, LIMITS[name].prometheus)
 
 
 def agent(name: str) -> Number:
