@@ -33,6 +33,7 @@ from exporters.prometheus import Exposition
 from exporters.scrape import OPENMETRICS
 
 HERE = Path(__file__).parent
+_FRESH = 1.1  # s after which a scrape is a rendering of its own
 _LABELS = {
     (): ("",),
     ("device",): ("259:0", "259:1"),
@@ -219,6 +220,7 @@ def main() -> None:
         series = sum(not line.startswith(b"#") for line in export.scrape({})[2].splitlines())
         for _ in range(options.runs):
             for form, headers in _FORMS.items():
+                time.sleep(_FRESH)
                 wall, cpu, body = export.scrape(headers)
                 taken[form].append((wall, cpu))
                 size[form] = len(body)
@@ -233,7 +235,7 @@ def main() -> None:
         following.append((time.process_time() - before) * 1e6 / len(jobs))
     if len(board.seen().jobs) != options.jobs:
         raise RuntimeError("the board does not show all jobs")
-    exposition, usual, lines = Exposition(board, "bench", {}), Usual(jobs), ready(jobs)
+    exposition, usual, lines = Exposition(board, "bench", (), {}), Usual(jobs), ready(jobs)
     few = max(2, options.runs // 4)
     floor = c_floor(lines, options.runs)
     cpu_only = {

@@ -14,6 +14,7 @@ from acctd.spool import Position, Reader
 from exporters.board import Board
 
 _IDLE = 0.5  # s between two looks
+_AGAIN = 5.0  # s until it looks again after a defect of ours
 _LINES = 1000  # read at a time
 
 log = logging.getLogger("acctd")
@@ -50,6 +51,11 @@ class Follower:
                     self._tell(f"cannot read the spool ({e})")
                     self._close()  # to look at what is there by then
                     more = []
+                except Exception:
+                    log.exception("the spool could not be followed; it is looked at again")
+                    self._close()
+                    self._stop.wait(_AGAIN)
+                    continue
                 else:
                     self._tell(None)
                 if not any(more):
@@ -69,7 +75,10 @@ class Follower:
         for line in batch.lines:
             try:
                 self._board.take(decode(line))
-            except (msgspec.MsgspecError, UnicodeDecodeError):
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                self._board.leave_out()
+            except Exception:
+                log.exception("a line of %s could not be shown", stream)  # a defect of ours; the others are shown
                 self._board.leave_out()
         return bool(batch.lines)
 

@@ -1,4 +1,4 @@
-"""The HTTP server of /metrics: one thread, so at most one rendering at a time, which all share that wait for it.
+"""The HTTP server of /metrics: one thread, so at most one rendering at a time, shared by all who ask within a second.
 
 Answers GET and HEAD of two pages, then closes the connection: RFC 9112 as far as a scraper needs it. A client that is
 slow, says too much or nothing at all costs a place for some seconds, and places are few. Knows nothing of what it
@@ -9,6 +9,7 @@ import errno
 import gzip
 import logging
 import os
+import re
 import selectors
 import socket
 import stat
@@ -29,8 +30,10 @@ CLIENTS_MOST = 32
 _HEAD_MOST = 8192  # bytes
 _ASKING, _TAKING, _LEAVING = 5.0, 30.0, 1.0  # s for a request to arrive, an answer to be taken, and a client to go
 _KEPT_MOST = 64 * 2**20  # bytes of answers that are not taken yet
-_RETRY = 1.0  # s until a connection is accepted again where the process has no descriptor left
+_FRESH = 1.0  # s for which a rendering is given to whoever asks
+_RETRY = 1.0  # s until a connection is accepted again where the process has no descriptor left, and after a defect
 _SOCKET_MODE = 0o660  # its group may ask, too
+_HEAD_END = re.compile(rb"\r?\n\r?\n")  # a lone LF ends a line, too: RFC 9112, 2.2
 _PAGE = b'<!doctype html><title>acctd</title><p>acctd: <a href="/metrics">metrics</a></p>\n'
 _REASONS = {
     200: "OK",
@@ -55,6 +58,15 @@ class _Client:
     answered: bool = False
 
 
+@dataclass(slots=True)
+class _Rendering:
+    """One format at one moment."""
+
+    plain: bytes
+    made: float  # s, monotonic: when it was ready
+    packed: bytes | None = None  # once somebody has asked for that
+
+
 @dataclass(frozen=True, slots=True)
 class _Request:
     method: str
@@ -73,7 +85,8 @@ class Scrape:
         self._address, self._render = sink.address, render
         self._thread = threading.Thread(target=self._run, name="scrape")
         self._clients: dict[socket.socket, _Client] = {}
-        self._rendered: dict[tuple[bool, bool], bytes] = {}
+        self._rendered: dict[bool, _Rendering] = {}
+        self._closing = threading.Event()
         self._accepting = False
         self._accept_after = 0.0  # s, monotonic
 
@@ -94,6 +107,7 @@ class Scrape:
         """Serve no longer; a connection that is open is cut."""
         if not self._thread.is_alive():
             return
+        self._closing.set()
         self._ringer.send(b".")
         self._thread.join()
         if isinstance(self._address, str):
@@ -103,28 +117,34 @@ class Scrape:
         self._selector.close()
 
     def _run(self) -> None:
-        try:
-            while True:
-                self._accept_or_not()
-                ready = self._selector.select(self._wait())
-                if any(key.fileobj is self._bell for key, _ in ready):
-                    return
-                self._rendered = {}
-                for key, _ in ready:
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    elif isinstance(client := key.data, _Client):
-                        self._serve(client)
-                self._rendered = {}
-                now = time.monotonic()
-                for client in [each for each in self._clients.values() if each.until <= now]:
-                    self._drop(client)
-        finally:
-            for client in list(self._clients.values()):
-                self._drop(client)
+        told = ""
+        while not self._closing.is_set():
+            try:
+                self._turn()
+            except Exception as e:  # a defect of ours: whatever state it was in, the next one is asked in a new one
+                if told != repr(e):
+                    log.exception("serving /metrics failed; connections are cut, and it goes on")
+                    told = repr(e)
+                self._drop_all()
+                self._closing.wait(_RETRY)
+        self._drop_all()
+
+    def _turn(self) -> None:
+        """Wait for something to do, and do it."""
+        self._accept_or_not()
+        for key, _ in self._selector.select(self._wait()):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif isinstance(client := key.data, _Client) and client.connection in self._clients:
+                self._serve(client)  # else it was cut off to make room for one before it
+        now = time.monotonic()
+        self._rendered = {form: each for form, each in self._rendered.items() if now < each.made + _FRESH}
+        for client in [each for each in self._clients.values() if each.until <= now]:
+            self._drop(client)
 
     def _wait(self) -> float | None:
         times = [client.until for client in self._clients.values()]
+        times += [each.made + _FRESH for each in self._rendered.values()]  # it need not lie about
         if not self._accepting:
             times.append(max(self._accept_after, time.monotonic() + _RETRY))
         return max(0.0, min(times) - time.monotonic()) if times else None
@@ -153,9 +173,14 @@ class Scrape:
             self._clients[connection] = client
             self._selector.register(connection, selectors.EVENT_READ, client)
 
+    def _drop_all(self) -> None:
+        for client in list(self._clients.values()):
+            self._drop(client)
+
     def _drop(self, client: _Client) -> None:
         del self._clients[client.connection]
-        self._selector.unregister(client.connection)
+        with suppress(KeyError):  # the kernel may have refused to watch it
+            self._selector.unregister(client.connection)
         client.connection.close()
 
     def _serve(self, client: _Client) -> None:
@@ -182,9 +207,8 @@ class Scrape:
             self._drop(client)
             return
         client.asked += data
-        head, end, _ = bytes(client.asked).partition(b"\r\n\r\n")
-        if end:
-            client.answer = self._answer(head)
+        if end := _HEAD_END.search(client.asked):
+            client.answer = self._answer(bytes(client.asked[: end.start()]))
         elif len(client.asked) > _HEAD_MOST:
             client.answer = _response(431, TEXT, b"the request is too long\n")
         else:
@@ -240,13 +264,16 @@ class Scrape:
                 self._drop(client)
 
     def _body(self, openmetrics: bool, packed: bool) -> bytes:
-        """Rendered once for all whose requests were there at one moment."""
-        if (openmetrics, False) not in self._rendered:
-            self._rendered[openmetrics, False] = self._render(openmetrics)
-        if packed and (openmetrics, True) not in self._rendered:
-            plain = self._rendered[openmetrics, False]
-            self._rendered[openmetrics, True] = gzip.compress(plain, compresslevel=1, mtime=0)
-        return self._rendered[openmetrics, packed]
+        """Rendered once for all who ask within a second: asking and not taking makes neither work nor copies."""
+        found = self._rendered.get(openmetrics)
+        if found is None or time.monotonic() >= found.made + _FRESH:
+            plain = self._render(openmetrics)
+            found = self._rendered[openmetrics] = _Rendering(plain, time.monotonic())
+        if not packed:
+            return found.plain
+        if found.packed is None:
+            found.packed = gzip.compress(found.plain, compresslevel=1, mtime=0)
+        return found.packed
 
 
 def listen(address: str | tuple[str, int]) -> socket.socket:
@@ -346,7 +373,7 @@ def _weight(parameters: dict[str, str]) -> float:
 
 def _parse(head: bytes) -> _Request:
     """Raises _BadRequestError."""
-    line, *rest = head.decode("latin-1").split("\r\n")
+    line, *rest = (each.removesuffix("\r") for each in head.decode("latin-1").split("\n"))
     words = line.split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
         raise _BadRequestError("this is no HTTP/1 request")

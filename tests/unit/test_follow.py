@@ -7,7 +7,8 @@ import pytest
 
 from acctd.frames import AgentSample, RecordFrame, Sample, encode
 from acctd.model import Limits, Record
-from acctd.spool import Writer
+from acctd.spool import Reader, Writer
+from exporters import follow as module
 from exporters.board import Board
 from exporters.follow import Follower
 
@@ -71,6 +72,57 @@ def test_lines_that_are_none_are_counted(followed):
     start()
     until(lambda: board.seen().jobs)
     assert board.seen().errors == 3
+
+
+def test_a_line_too_deep_to_be_read_is_counted(followed, caplog):
+    board, start, samples, records = followed
+    deep = b"[" * 100_000 + b"]" * 100_000
+    samples.append([b'{"kind":"sample","new":' + deep + b"}", sample("1.0")])
+    records.append([b'{"kind":"record","number":1,"digest":"d","time":1,"body":{"new":' + deep + b"}}", record("2.0")])
+    start()
+    until(lambda: len(board.seen().jobs) == 2)
+    assert board.seen().errors == 2
+    assert caplog.text == "", "it is no defect of ours"
+
+
+def test_a_defect_costs_the_line_and_is_told_of(followed, monkeypatch, caplog):
+    board, start, samples, _ = followed
+    take = board.take
+
+    def picky(frame):
+        if frame.job == "1.0":
+            raise ZeroDivisionError("a defect")
+        take(frame)
+
+    monkeypatch.setattr(board, "take", picky)
+    samples.append([sample("1.0"), sample("2.0")])
+    start()
+    until(lambda: board.seen().jobs)
+    assert [job.job for job in board.seen().jobs] == ["2.0"]
+    assert board.seen().errors == 1
+    assert "a line of samples could not be shown" in caplog.text
+
+
+def test_a_defect_elsewhere_ends_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_AGAIN", 0.01)
+    (tmp_path / "samples").mkdir()
+    board = Board(grace=300)
+    follower = Follower(board, tmp_path)
+    defects, newest = [ZeroDivisionError("a defect")], Reader.newest
+
+    def picky(reader):
+        if defects:
+            raise defects.pop()
+        return newest(reader)
+
+    monkeypatch.setattr(Reader, "newest", picky)
+    Writer(tmp_path / "samples").append([sample("1.0")])
+    follower.start()
+    try:
+        until(lambda: board.seen().jobs)
+    finally:
+        follower.close()
+    assert "ZeroDivisionError: a defect" in caplog.text
 
 
 def test_only_the_newest_segment_is_read_at_first(followed, tmp_path):

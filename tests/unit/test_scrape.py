@@ -130,6 +130,9 @@ def test_the_first_page_leads_to_the_other(served):
     [
         (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", 200),
         (b"GET /metrics?a=b HTTP/1.0\r\n\r\n", 200),
+        (b"GET /metrics HTTP/1.0\n\n", 200),
+        (b"GET /metrics HTTP/1.1\nHost: x\nAccept: */*\n\n", 200),
+        (b"GET /metrics HTTP/1.1\r\nHost: x\n\r\n", 200),
         (b"GET http://x/metrics HTTP/1.1\r\nHost: x\r\n\r\n", 200),
         (b"GET /metrics/ HTTP/1.1\r\n\r\n", 404),
         (b"GET /etc/passwd HTTP/1.1\r\n\r\n", 404),
@@ -140,7 +143,9 @@ def test_the_first_page_leads_to_the_other(served):
         (b"GET /metrics HTTP/2\r\n\r\n", 400),
         (b"GET http://[/metrics HTTP/1.1\r\n\r\n", 400),
         (b"GET /metrics HTTP/1.1\r\nno field\r\n\r\n", 400),
+        (b"GET /metrics HTTP/1.1\nno field\n\n", 400),
         (b"\r\n\r\n", 400),
+        (b"\n\n", 400),
         (b"\0\xff\r\n\r\n", 400),
         (b"GET /metrics HTTP/1.1\r\nX: " + b"x" * 9000, 431),
     ],
@@ -151,6 +156,13 @@ def test_answers(served, request_, status):
     assert answer.startswith(b"HTTP/1.1 %d " % status)
     assert b"\r\nConnection: close\r\n" in answer
     assert fetch(server.url)[0] == 200
+
+
+def test_lone_line_feeds_end_lines_and_are_no_part_of_them(served):
+    answer = say(served(), b"GET /metrics HTTP/1.1\nAccept-Encoding: gzip\nAccept: application/openmetrics-text\n\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert OPENMETRICS.encode() in head
+    assert gzip.decompress(body) == b"metrics open\n"
 
 
 def test_only_the_head(served):
@@ -182,7 +194,8 @@ def test_a_rendering_that_fails_is_an_answer_and_the_next_one_is_tried(served, c
     assert "could not be rendered" in caplog.text
 
 
-def test_simultaneous_scrapes_share_one_rendering(served):
+def test_simultaneous_scrapes_share_one_rendering(served, monkeypatch):
+    monkeypatch.setattr(module, "_FRESH", PATIENCE)
     begun, go = threading.Event(), threading.Event()
     rendered = []
 
@@ -202,10 +215,110 @@ def test_simultaneous_scrapes_share_one_rendering(served):
             other.sendall(ask)
         go.set()
         assert rest_of(first).endswith(b"\n1\n")
-        assert {rest_of(other)[-2:] for other in others} == {b"2\n"}
-    assert rendered == [False, False]
+        assert {rest_of(other)[-2:] for other in others} == {b"1\n"}
+    assert rendered == [False]
     for other in others:
         other.close()
+
+
+def test_who_asks_soon_after_gets_the_same_in_each_form_and_later_a_new_one(served, monkeypatch):
+    monkeypatch.setattr(module, "_FRESH", PATIENCE)
+    rendered = []
+
+    def render(openmetrics):
+        rendered.append(openmetrics)
+        return b"%d\n" % len(rendered)
+
+    server = served(render)
+    assert [fetch(server.url)[2] for _ in range(3)] == [b"1\n"] * 3
+    assert gzip.decompress(fetch(server.url, Accept_Encoding="gzip")[2]) == b"1\n"
+    assert fetch(server.url, Accept="application/openmetrics-text")[2] == b"2\n"
+    assert fetch(server.url)[2] == b"1\n"
+    monkeypatch.setattr(module, "_FRESH", 0.0)
+    assert fetch(server.url)[2] == b"3\n"
+    monkeypatch.setattr(module, "_FRESH", 0.5)
+    assert fetch(server.url)[2] == b"4\n"
+    until(lambda: not server._rendered)  # and nothing is kept of it, though nobody asks any more
+
+
+def test_all_places_taken_by_who_reads_nothing_hold_one_answer(served, monkeypatch):
+    monkeypatch.setattr(module, "_FRESH", PATIENCE)
+    server = served(lambda _: bytes(16_000_000))  # more than a socket's buffers hold
+    slow = [connect(server) for _ in range(CLIENTS_MOST)]
+    for connection in slow:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+    views = [client.answer[-1] for client in list(server._clients.values())]
+    assert (len(views), len({id(view.obj) for view in views})) == (CLIENTS_MOST, 1)
+    for connection in slow:
+        assert len(rest_of(connection)) > 16_000_000
+        connection.close()
+
+
+def test_a_defect_is_told_of_and_ends_nothing(served, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_RETRY", 0.01)
+    server = served()
+    defects = [ZeroDivisionError("a defect")] * 3
+
+    def accept():
+        if defects:
+            raise defects.pop()
+        Scrape._accept(server)
+
+    monkeypatch.setattr(server, "_accept", accept)
+    assert fetch(server.url)[2] == b"metrics text\n"
+    assert defects == []
+    assert caplog.text.count("a defect") == 1
+    assert "serving /metrics failed" in caplog.text
+
+
+def test_a_connection_that_the_kernel_does_not_watch_costs_no_other(served, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_RETRY", 0.01)
+    server = served()
+    refused, register = [OSError(28, "No space left on device")], server._selector.register
+
+    def picky(what, events, data=None):
+        if isinstance(data, module._Client) and refused:
+            raise refused.pop()
+        return register(what, events, data)
+
+    monkeypatch.setattr(server._selector, "register", picky)
+    with connect(server) as first:
+        first.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        try:
+            assert rest_of(first) == b""
+        except ConnectionResetError:
+            pass
+    assert fetch(server.url)[2] == b"metrics text\n"
+    assert "No space left" in caplog.text
+
+
+def test_who_is_cut_off_to_make_room_while_it_reads_costs_no_other(served, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_FRESH", 0.0)
+    begun, go = threading.Event(), threading.Event()
+
+    def render(openmetrics):
+        if openmetrics:
+            begun.set()
+            assert go.wait(PATIENCE)
+        return bytes(16_000_000)  # more than a socket's buffers hold
+
+    path = str(tmp_path / "metrics.sock")
+    served(render, path)
+    with connect_unix(path) as slow, connect_unix(path) as blocking, connect_unix(path) as third:
+        slow.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert slow.recv(15) == b"HTTP/1.1 200 OK"
+        # While one is rendered a third one asks, and the slow one reads: they are ready at the same moment after it.
+        blocking.sendall(b"HEAD /metrics HTTP/1.1\r\nAccept: application/openmetrics-text\r\n\r\n")
+        assert begun.wait(PATIENCE)
+        monkeypatch.setattr(module, "_KEPT_MOST", 0)
+        third.sendall(b"HEAD /metrics HTTP/1.1\r\n\r\n")
+        assert slow.recv(8_000_000, socket.MSG_DONTWAIT)
+        go.set()
+        assert rest_of(third).startswith(b"HTTP/1.1 200 OK")
+        assert len(rest_of(slow)) < 8_000_000
+    assert len(ask_unix(path)) > 16_000_000
+    assert caplog.text == ""
 
 
 def test_who_asks_nothing_is_cut_off_and_holds_nobody_up(served, monkeypatch):
@@ -237,6 +350,7 @@ def test_who_does_not_take_its_answer_is_cut_off(served, monkeypatch):
 
 
 def test_answers_that_are_not_taken_are_bounded_and_the_slowest_go_first(served, monkeypatch):
+    monkeypatch.setattr(module, "_FRESH", 0.0)
     monkeypatch.setattr(module, "_KEPT_MOST", 40_000_000)
     server = served(lambda _: bytes(16_000_000))  # more than a socket's buffers hold, and a new one each time
     slow = []
@@ -294,10 +408,15 @@ def test_an_address_that_is_none(served):
         served(address=("x" * 64, 9735))
 
 
+def connect_unix(path):
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(PATIENCE)
+    connection.connect(path)
+    return connection
+
+
 def ask_unix(path):
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(PATIENCE)
-        connection.connect(path)
+    with connect_unix(path) as connection:
         connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
         return rest_of(connection)
 
