@@ -25,7 +25,7 @@ from acctd.sinks import ExportConfig, InfluxSink, PrometheusSink
 from acctd.spool import Writer
 from exporters.board import Board
 from exporters.delivery import Delivery, RefusedError
-from exporters.lineprotocol import RECORDS, Lines
+from exporters.lineprotocol import TO_RECORDS, Lines
 from exporters.prometheus import Exposition
 from exporters.scrape import Scrape
 from tests.db import grafana
@@ -134,7 +134,9 @@ def influx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Influx1, 
     with Influx1(tmp_path_factory.mktemp("influx")) as server:
         for to, lines in places.items():
             for start in range(0, len(lines), 10000):
-                answer = server.write(b"\n".join(lines[start : start + 10000]), "years" if to == RECORDS else "weeks")
+                answer = server.write(
+                    b"\n".join(lines[start : start + 10000]), "years" if to == TO_RECORDS else "weeks"
+                )
                 assert answer.status == 204, answer.data
         yield server, now
 
@@ -291,7 +293,7 @@ class Live:
         self.delivery = self._delivery(directory)
         self._scrapes = {}
         for host, board in self.boards.items():
-            exposition = Exposition(board, "site", {"db": self.delivery})
+            exposition = Exposition(board, "site", ("db",), {"db": self.delivery})
             self._scrapes[host] = Scrape(PrometheusSink(address=("127.0.0.1", 0), grace=300), exposition.render)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)

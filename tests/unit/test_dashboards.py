@@ -14,11 +14,11 @@ from urllib.parse import parse_qsl, urlsplit
 import pytest
 
 from acctd.frames import AgentSample, Sample
-from acctd.metrics import CATALOGUE
+from acctd.metrics import CATALOGUE, LIMITS
 from exporters.board import Board
 from exporters.delivery import Delivery
 from exporters.lineprotocol import record_field
-from exporters.prometheus import AGENT, LIMITS, Exposition
+from exporters.prometheus import AGENT, Exposition
 from tools.grafana.__main__ import BOARDS, files
 
 with warnings.catch_warnings():
@@ -353,7 +353,7 @@ def published(tmp_path):
     delivery = Delivery("x", Nowhere(), tmp_path, tmp_path)
     delivery.numbers().counts.dropped["samples"] = 1
     delivery.numbers().accepted = 1.0
-    text = Exposition(board, "c", {"x": delivery}).render(False).decode()
+    text = Exposition(board, "c", ("x",), {"x": delivery}).render(False).decode()
     found: dict[str, set[str]] = {}
     for line in text.splitlines():
         if match := re.match(r"(\w+)(?:\{(.*)\})? ", line):
