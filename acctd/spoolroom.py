@@ -8,15 +8,17 @@ import grp
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from acctd import spool
-from acctd.errors import AcctdError, NotFoundError
+from acctd.errors import AcctdError, ExhaustedError, InUseError, NotFoundError
 from acctd.frames import EVENTS, SAMPLES, STREAMS
+from acctd.kernel import filelock, private
 from acctd.sinks import ExportConfig
 from exporters import positions
 
+_LOCK = ".lock"
 _SEGMENTS_A_BOUND = 32  # a bound is kept to within one of so many parts
 _one_at_a_time = threading.Lock()  # a room that was closed may still be at it, in the same place
 _PACK_AFTER = 120.0  # s; a sink that is up has read a segment long before
@@ -31,13 +33,21 @@ class SpoolRoom:
         self.bytes = 0
         """As of the last tidy()."""
         group = _gid(config.group)
-        furthest = positions.furthest(config.positions_dir)
-        try:
-            self.writers = {
-                stream: self._writer(config.spool_dir / stream, furthest[stream], group) for stream in STREAMS
-            }
-        except OSError as e:
-            raise AcctdError(f"cannot use the spool {config.spool_dir} ({e}); choose another export.spool_dir") from e
+        furthest = positions.furthest(config.positions_dir, config.names)
+        private.make(config.spool_dir)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(filelock.held(str(config.spool_dir / _LOCK), patience=0.0))
+                self.writers = {
+                    stream: self._writer(config.spool_dir / stream, furthest[stream], group) for stream in STREAMS
+                }
+            except ExhaustedError as e:
+                said = f"another agent writes the spool {config.spool_dir}; choose another export.spool_dir"
+                raise InUseError(said) from e
+            except OSError as e:
+                said = f"cannot use the spool {config.spool_dir} ({e}); choose another export.spool_dir"
+                raise AcctdError(said) from e
+            self._open = stack.pop_all()
 
     def _writer(self, directory: Path, at_least: int, group: int | None) -> spool.Writer:
         spool.make_directory(directory, group)
@@ -67,6 +77,7 @@ class SpoolRoom:
     def close(self) -> None:
         for writer in self.writers.values():
             writer.close()
+        self._open.close()
 
     def _tidy_stream(self, stream: str, wanted: dict[str, int] | None, failed: list[OSError]) -> int:
         """Remove what is read, compress what is not; bytes that are left."""

@@ -124,6 +124,7 @@ class Delivery:
         self._done = Counts()  # what is counted with the position of this batch
         self._state = positions.load(positions_dir, name) or State(identity=target.identity)
         self._state.identity = target.identity
+        self._state.trouble = None  # of before; today's is told when it comes
         for stream, reader in self._readers.items():
             self._state.positions.setdefault(stream, reader.oldest())
         self._state.positions = {stream: self._state.positions[stream] for stream in self._readers}
@@ -247,21 +248,26 @@ class Delivery:
 
     def _persist(self, to: str, points: Sequence[bytes]) -> None:
         """Ask until there is an answer to the points themselves."""
-        pause = _BACKOFF
+        pause, unforeseen = _BACKOFF, False
         while not self._stop.is_set():
             try:
                 self._target.send(to, points)
-            except (UnavailableError, OSError) as e:
+            except (RefusedError, TooLargeError):
+                self._tell(None)
+                raise
+            except Exception as e:
+                # Of what a target did not foresee nothing is known against the points: they wait, and it is shown.
+                foreseen = isinstance(e, UnavailableError | OSError)
+                if not foreseen and not unforeseen:
+                    log.exception("sink %s: a request failed for a reason of its own", self.name)
+                unforeseen = unforeseen or not foreseen
                 self._state.counts.failures += 1
-                self._tell(str(e))
+                self._tell(str(e) if foreseen else repr(e))
                 wait = pause * random.uniform(0.5, 1.0)  # noqa: S311  # a thousand nodes are not to come at once
                 if isinstance(e, UnavailableError) and e.retry_after is not None:
                     wait += max(0.0, min(e.retry_after, _RETRY_AFTER_MOST))
                 pause = min(2 * pause, _BACKOFF_MOST)
                 self._stop.wait(wait)
-            except (RefusedError, TooLargeError):
-                self._tell(None)
-                raise
             else:
                 self._tell(None)
                 return

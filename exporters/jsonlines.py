@@ -128,9 +128,13 @@ class _File:
     def _cut(self, path: Path, state: Mapping[str, Any]) -> bool:
         """Whether it is the file that was written, which ends then where it did."""
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
+        except OSError as e:
+            if e.errno in (errno.ENXIO, errno.ELOOP, errno.EISDIR):
+                return False  # a FIFO, a link or a directory: whatever it is now, it is not that file
+            raise
         try:
             found = os.fstat(fd)
             if (found.st_dev, found.st_ino) != (state.get("device"), state.get("inode")):

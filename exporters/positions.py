@@ -166,10 +166,10 @@ def consumed(directory: Path, sinks: Iterable[str]) -> dict[str, int] | None:
     return lowest
 
 
-def furthest(directory: Path) -> dict[str, int]:
-    """Of each stream the number behind the last line that any sink has read: a new writer begins there at least."""
+def furthest(directory: Path, sinks: Iterable[str]) -> dict[str, int]:
+    """Of each stream the number behind the last line that a sink has read: a new writer begins there at least."""
     most = dict.fromkeys(STREAMS, 0)
-    for name in names(directory):
+    for name in sinks:
         if (state := _known(directory, name)) is not None:
             for stream, position in state.positions.items():
                 most[stream] = max(most.get(stream, 0), position.number)

@@ -64,28 +64,24 @@ def _alone(config: Config) -> Iterator[None]:
 
 
 def _serve(config: Config, config_path: str | None) -> int:
-    while True:
-        with Exporter(config.export, socket.gethostname(), os.environ) as exporter:
-            exporter.start()
-            notify("READY=1")
-            log.info("exporting from %s", config.export.spool_dir)
-            while True:
-                if signal.sigwait(_SIGNALS) != signal.SIGHUP:
-                    notify("STOPPING=1")
-                    return 0
-                try:
-                    new = _loaded(config_path, os.environ)
-                except AcctdError as e:
-                    log.error("configuration not taken: %s", e)
-                    continue
-                if new.export.positions_dir != config.export.positions_dir:
-                    log.error("configuration not taken: export.positions_dir is another one; restart acctd export")
-                    continue
-                if new.export == config.export:
+    with Exporter(config.export, socket.gethostname(), os.environ) as exporter:
+        exporter.start()
+        notify("READY=1")
+        log.info("exporting from %s", config.export.spool_dir)
+        while signal.sigwait(_SIGNALS) == signal.SIGHUP:
+            try:
+                if _loaded(config_path, os.environ).export == config.export:
                     continue  # whoever scrapes goes on seeing what has just ended
-                config = new
-                break
-        log.info("configuration read again")
+            except AcctdError as e:
+                log.error("configuration not taken: %s", e)
+                continue
+            log.info("configuration read again")
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            exporter.stop()
+            # As this very process, so that no request that hangs in the old one holds up the sinks of the new one.
+            os.execv(sys.executable, sys.orig_argv)  # noqa: S606  # it is our own command line
+        notify("STOPPING=1")
+    return 0
 
 
 def _once(config: Config) -> int:

@@ -90,7 +90,7 @@ class Series:
         self._full = _size(place.parent) > export.spool_max
         self._outbox = Outbox(export, lambda error: say(f"acctd: {error}"))
         self._outbox.begin(agent.ledger)
-        self._exporter = Exporter(export, socket.gethostname(), environ, lasting=False)
+        self._exporter = Exporter(export, socket.gethostname(), environ)
         self._exporter.start()
         self._sampled = 0.0
         self._before, agent.after_reading = agent.after_reading, self._read
@@ -119,7 +119,7 @@ class Series:
     def close(self) -> None:
         """Whatever befell the job: what is not delivered stays."""
         self._agent.after_reading = self._before
-        self._exporter.stop()
+        self._exporter.stop(0.0)
         self._outbox.close()
         if self._exporter.backlog():
             why = self._exporter.trouble(_NAME) or "the database was too slow"
@@ -208,10 +208,11 @@ def _deliver_left(
 def _delivered(
     export: ExportConfig, place: Path, sink: InfluxSink, environ: Mapping[str, str], stopping: threading.Event
 ) -> bool:
-    with Exporter(_export(export, place, sink), socket.gethostname(), environ, lasting=False) as exporter:
-        exporter.start(until_empty=True)
-        while not exporter.join(0.1) and not stopping.is_set() and exporter.trouble(_NAME) is None:
-            continue
+    exporter = Exporter(_export(export, place, sink), socket.gethostname(), environ)
+    exporter.start(until_empty=True)
+    while not exporter.join(0.1) and not stopping.is_set() and exporter.trouble(_NAME) is None:
+        continue
+    exporter.stop(0.0)
     if exporter.backlog():
         return False
     _remove(place)

@@ -11,16 +11,19 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from acctd import config as configuration
 from acctd import spool
+from acctd.errors import InUseError
 from acctd.frames import EVENTS, RECORDS, SAMPLES, STREAMS, EventFrame, RecordFrame, Sample, decode
 from acctd.ledger import FILE, Ledger
+from acctd.spoolroom import SpoolRoom
 from lab.topology import Topology
 from tests.kernel.conftest import Node, make_node
 from tests.kernel.served import Served
@@ -424,3 +427,31 @@ def test_an_address_that_cannot_be_had_holds_up_no_sink(exported: Served, sleepe
         short_job(exported, sleeper, "sent")
         until(lambda: delivered(exported, "record"))
         assert exporter.poll() is None
+
+
+def test_a_reload_waits_for_no_sink_that_hangs(exported: Served, sleeper: Sleeper) -> None:
+    node = exported.node
+    with ExitStack() as stack:
+        with node.topology.enter(node.topology.node):
+            silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        hanging = f'[influxdb.h]\nurl = "{url}"\nversion = 1\ndatabase = "d"\ntimeout = 600\n'
+        configure(node, _SINK + hanging)
+        exported.ok("Reload")
+        exporter = stack.enter_context(exporting(exported))
+        short_job(exported, sleeper, "one")
+        until(lambda: delivered(exported, "record"))
+        configure(node, _SINK.replace('"samples"', "").replace(", ]", "]") + hanging)
+        exporter.send_signal(signal.SIGHUP)
+        short_job(exported, sleeper, "two")
+        until(lambda: len(delivered(exported, "record")) == 2)
+        assert exporter.poll() is None
+        exporter.terminate()
+        exporter.wait(30)  # its request may take 600 s
+    assert [frame["body"]["id"] for frame in delivered(exported, "record")] == ["one", "two"]
+
+
+def test_a_spool_is_one_agents(exported: Served) -> None:
+    config = configuration.load(str(exported.node.config), {}).export
+    with pytest.raises(InUseError, match="another agent writes the spool"):
+        SpoolRoom(config)

@@ -50,7 +50,7 @@ def test_the_names_of_commands_are_completed_without_loading_any() -> None:
         [sys.executable, "-c", script], env=environ, cwd=REPO, capture_output=True, text=True, timeout=60
     )
     *offered, modules = done.stdout.splitlines()
-    assert offered == ["plain,serve", "plain,show", "plain,suspend"]
+    assert offered == ["plain,serve", "plain,show", "plain,sinks", "plain,suspend"]
     assert "'acctd.cli.main'" in modules
     for heavy in ("acctd.agent", "acctd.cli.show", "asyncio", "rich", "msgspec"):
         assert f"'{heavy}'" not in modules

@@ -159,7 +159,7 @@ class Site:
         """The agent was started again."""
         for writer in self.writers.values():
             writer.close()
-        least = positions.furthest(self.at)
+        least = positions.furthest(self.at, positions.names(self.at))
         self.writers = {
             stream: Writer(self.spool / stream, at_least=least[stream], segment_bytes=200)
             for stream in (RECORDS, EVENTS, SAMPLES)

@@ -192,11 +192,11 @@ def test_with_one_unknown_nothing_is_known_to_be_consumed(tmp_path, data):
 
 
 def test_furthest_asks_all_that_ever_were_and_can_be_read(tmp_path):
-    assert positions.furthest(tmp_path / "nowhere") == {"samples": 0, "events": 0, "records": 0}
+    assert positions.furthest(tmp_path / "nowhere", ["a"]) == {"samples": 0, "events": 0, "records": 0}
     positions.store(tmp_path, "a", state(samples=10, events=3))
     positions.store(tmp_path, "b", state(samples=40))
     (tmp_path / "c.json").write_bytes(b"")
-    assert positions.furthest(tmp_path) == {"samples": 40, "events": 3, "records": 0}
+    assert positions.furthest(tmp_path, positions.names(tmp_path)) == {"samples": 40, "events": 3, "records": 0}
 
 
 @pytest.mark.parametrize(
@@ -214,4 +214,4 @@ def test_what_no_exporter_has_written_is_damaged_and_moves_no_writer(tmp_path: P
     with pytest.raises(AcctdError, match="is damaged"):
         positions.load(tmp_path, "x")
     assert positions.consumed(tmp_path, ["x"]) is None
-    assert set(positions.furthest(tmp_path).values()) == {0}
+    assert set(positions.furthest(tmp_path, ["x"]).values()) == {0}
