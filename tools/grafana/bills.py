@@ -33,6 +33,7 @@ BILL = Board(
                     ),
                     width=24,
                     height=5,
+                    calc="sum",  # InfluxQL answers day by day
                 ),
                 Panel(
                     "Bytes a day",

@@ -1,7 +1,5 @@
 """The dashboards of users and of nodes."""
 
-# the queries of dashboards, run by whoever looks at one with the rights of its data source
-
 from acctd import metrics as m
 from tools.grafana import flux, influxql
 from tools.grafana.intents import Ask, Records, Text

@@ -1,4 +1,7 @@
-"""Queries as Flux, for InfluxDB 2. Samples are in the data source's default bucket, records in that of $records."""
+"""Queries as Flux, for InfluxDB 2. Samples are in the data source's default bucket, records in that of $records.
+
+What is added up is a float first: integers have 64 bits there.
+"""
 
 from tools.grafana.intents import Ask, Query, Records, Text
 
@@ -51,6 +54,8 @@ def _ask(ask: Ask) -> str:
         lines.append("|> derivative(unit: 1s, nonNegative: true)")
     elif ask.how == "change":
         lines.append("|> difference(nonNegative: true)")
+    if ask.how != "count":
+        lines.append("|> toFloat()")
     by = [f'"{column}"' for column in ask.by]
     when = [] if ask.how == "total" else ['"_time"']
     lines.append(f"|> group(columns: [{', '.join(when + by)}])")
@@ -58,7 +63,7 @@ def _ask(ask: Ask) -> str:
     if when:
         lines += [f"|> group(columns: [{', '.join(by)}])", '|> sort(columns: ["_time"])']
     if ask.number.per_unit != 1 and ask.how != "count":
-        lines.append(f"|> map(fn: (r) => ({{r with _value: float(v: r._value) / {ask.number.per_unit}.0}}))")
+        lines.append(f"|> map(fn: (r) => ({{r with _value: r._value / {ask.number.per_unit}.0}}))")
     return "\n  ".join(lines)
 
 
@@ -73,6 +78,7 @@ def _records(ask: Records) -> str:
         'from(bucket: "${records}")',
         RANGE,
         f'|> filter(fn: (r) => r._measurement == "acctd_record" and {field} and {WHERE["jobs"]})',
+        "|> toFloat()",
     ]
     by = [f'"{column}"' for column in ask.by]
     if ask.direction == "all":
@@ -87,10 +93,8 @@ def _records(ask: Records) -> str:
     else:
         lines.append("|> sum()")
     if ask.price:
-        lines.append(
-            f"|> map(fn: (r) => ({{r with _value: float(v: r._value) / {_GB}.0 * float(v: ${{{ask.price}}})}}))"
-        )
+        lines.append(f"|> map(fn: (r) => ({{r with _value: r._value / {_GB}.0 * float(v: ${{{ask.price}}})}}))")
     elif ask.per_unit != 1:
-        lines.append(f"|> map(fn: (r) => ({{r with _value: float(v: r._value) / {ask.per_unit}.0}}))")
+        lines.append(f"|> map(fn: (r) => ({{r with _value: r._value / {ask.per_unit}.0}}))")
     head = 'import "strings"\n\n' if ask.direction == "all" else ""
     return head + "\n  ".join(lines)

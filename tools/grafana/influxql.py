@@ -1,6 +1,7 @@
 """Queries as InfluxQL, for InfluxDB 1 and for whoever speaks it.
 
-Sums over jobs are made of subqueries with fill(none): influxd 1.6 answers those with any other fill in pieces.
+Sums over jobs are made of subqueries with fill(none): influxd 1.6 answers those with any other fill in pieces. What is
+added up is a float first: integers have 64 bits there, and beyond them a sum is negative and nobody told.
 """
 
 # ruff: noqa: S608  # the queries of dashboards, run by whoever looks at one with the rights of its data source
@@ -40,10 +41,10 @@ def _ask(ask: Ask) -> str:
     where = f'FROM "{ask.number.measurement}" WHERE $timeFilter AND {WHERE[ask.scope]}'
     scale = f" / {ask.number.per_unit}" if ask.number.per_unit != 1 and ask.how != "count" else ""
     shape = {
-        "level": 'last("{}")',
-        "rate": 'non_negative_derivative(last("{}"), 1s)',
-        "change": 'non_negative_difference(last("{}"))',
-        "total": 'last("{}")',
+        "level": 'last("{}"::float)',
+        "rate": 'non_negative_derivative(last("{}"), 1s)',  # a float, of a difference of integers, which is exact
+        "change": 'non_negative_difference(last("{}"::float))',
+        "total": 'last("{}"::float)',
         "count": 'last("{}")',
     }[ask.how]
     values = " + ".join(shape.format(number.field) for number in ask.numbers)
@@ -64,14 +65,16 @@ def _ask(ask: Ask) -> str:
 
 
 def _records(ask: Records) -> str:
-    groups = ["time(1d)"] * (ask.how == "days") + [f'"{name}"' for name in ask.by]
+    # Columns that are not named cannot be made floats. A day of one class is within 64 bits; more, Grafana adds up.
+    days = ask.how == "days" or ask.direction == "all"
+    groups = ["time(1d)"] * days + [f'"{name}"' for name in ask.by]
     tail = f" GROUP BY {', '.join(groups)}" if groups else ""
-    tail += " fill(none)" if ask.how == "days" else ""
-    if ask.direction == "all":  # no arithmetic with columns that are not named
+    tail += " fill(none)" if days else ""
+    if ask.direction == "all":
         return f"SELECT sum(/^network_(Outgoing|Incoming)${{class:regex}}_bytes$/) {RECORD}{tail}"
     field = f"network_{ask.direction}${{class:raw}}_bytes" if ask.direction else ask.field
     scale = f" / {_GB} * ${{{ask.price}}}" if ask.price else f" / {ask.per_unit}" if ask.per_unit != 1 else ""
-    return f'SELECT sum("{field}"){scale} AS "{_column(ask.legend)}" {RECORD}{tail}'
+    return f'SELECT sum("{field}"::float){scale} AS "{_column(ask.legend)}" {RECORD}{tail}'
 
 
 def _column(legend: str) -> str:
