@@ -7,6 +7,7 @@ twice. Standard library only. Formats: STARTD_CRON_<JobName>_METRICS in HTCondor
 
 import fcntl
 import json
+import math
 import os
 import sys
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ _METRICS = (
     "SUM:NetworkIncomingExternal,SUM:NetworkOutgoingExternal,PEAK:ResidentSetSize,PEAK:NumPids"
 )
 _SLOTS = 1024  # remembered
+_LONGEST = 128  # characters of a name
 _NAME = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
 _SLOT = _NAME | frozenset(".-")
 
@@ -146,7 +148,7 @@ def _jobs(given: "Given") -> "Iterator[Seen]":
     listed = {job["id"]: job for job in given.call("List")["jobs"]}
     slots = {name: slot for name, job in listed.items() if (slot := _slot_of(job))}
     own = os.geteuid()
-    if own != 0 and any(job["uid"] != own for job in listed.values()):
+    if own != 0 and any(job["uid"] != own and _is_sketch(job) for job in listed.values()):
         sys.stderr.write(f"acctd-hook: uid {own} sees what its own jobs use, and no other's; see docs/htcondor.md\n")
     for name, slot in slots.items():
         above = listed[name]["parent"]
@@ -162,6 +164,11 @@ def _jobs(given: "Given") -> "Iterator[Seen]":
             raise
         started = answer["job"]["started"]
         yield Seen(f"{name} {started!r}", slot, started, _numbers(answer["classad"]))
+
+
+def _is_sketch(job: hookcall.Answer) -> bool:
+    """Whether no more is shown of it than ps(1) would: to whoever is neither its owner nor of access.read."""
+    return not job["totals"] and not job["tags"]
 
 
 def _slot_of(job: hookcall.Answer) -> str | None:
@@ -205,7 +212,7 @@ def _load(path: str) -> State | None:
                 raw = json.load(file)
         except FileNotFoundError:
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             raw = None
     try:
         jobs = {
@@ -218,7 +225,7 @@ def _load(path: str) -> State | None:
 
 
 def _number(value: object) -> Number:
-    if isinstance(value, int | float) and value >= 0:
+    if isinstance(value, int | float) and 0 <= value < math.inf:
         return value
     raise TypeError(value)
 
@@ -244,7 +251,7 @@ def _telling(path: str) -> "Iterator[None]":
 
 
 def _is_of(text: object, characters: frozenset[str]) -> bool:
-    return isinstance(text, str) and text != "" and characters.issuperset(text)
+    return isinstance(text, str) and text != "" and len(text) <= _LONGEST and characters.issuperset(text)
 
 
 def _natural(slot: str) -> list[tuple[int, str]]:

@@ -29,6 +29,7 @@ _ORDER = (RECORDS, EVENTS, SAMPLES)
 
 _IDLE = 0.5  # s between two looks at a spool that had nothing new
 _BACKOFF, _BACKOFF_MOST = 0.5, 60.0  # s
+_SMALL = 65536  # bytes; a point of so many is taken by whoever takes any
 _FULL_DISK = 5.0  # s between two attempts at one's own disk
 _RETRY_AFTER_MOST = 600.0  # s; a server that asks for more is asked again then
 _POINTS_A_LINE = 8  # about, of a sample
@@ -252,17 +253,21 @@ class Delivery:
         while not self._stop.is_set():
             try:
                 self._target.send(to, points)
-            except (RefusedError, TooLargeError):
+            except RefusedError:
                 self._tell(None)
                 raise
             except Exception as e:
-                # Of what a target did not foresee nothing is known against the points: they wait, and it is shown.
-                foreseen = isinstance(e, UnavailableError | OSError)
+                if isinstance(e, TooLargeError) and (len(points) > 1 or len(points[0]) > _SMALL):
+                    self._tell(None)
+                    raise
+                # What a target did not foresee says nothing against the points: they wait, and it is shown. Nor does one
+                # small point that is too large: then something on the way takes nothing at all.
+                foreseen = isinstance(e, UnavailableError | OSError | TooLargeError)
                 if not foreseen and not unforeseen:
                     log.exception("sink %s: a request failed for a reason of its own", self.name)
                 unforeseen = unforeseen or not foreseen
                 self._state.counts.failures += 1
-                self._tell(str(e) if foreseen else repr(e))
+                self._tell(str(e) if foreseen else repr(e)[:500])
                 wait = pause * random.uniform(0.5, 1.0)  # noqa: S311  # a thousand nodes are not to come at once
                 if isinstance(e, UnavailableError) and e.retry_after is not None:
                     wait += max(0.0, min(e.retry_after, _RETRY_AFTER_MOST))

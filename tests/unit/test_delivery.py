@@ -412,7 +412,7 @@ def test_too_many_at_a_time_loses_and_doubles_nothing(site):
 def test_a_point_too_large_for_any_request_is_set_aside_and_batches_grow_again(site):
     s = site(batch=64, room=200 * 64)
     s.sample(64)
-    s.sample(1, job="j" * 20_000)
+    s.sample(1, job="j" * 80_000)
     s.sample(1500)
     s.deliver()
     assert len(s.target.kept) == 1564
@@ -420,6 +420,20 @@ def test_a_point_too_large_for_any_request_is_set_aside_and_batches_grow_again(s
     sizes = [count for _, count in s.target.requests]
     assert min(sizes) == 1
     assert sizes[-2] == 8  # 64 // 8 lines a read
+
+
+def test_a_small_point_that_is_too_large_says_that_something_on_the_way_takes_nothing(site):
+    s = site(batch=64, room=1)
+    s.sample(20)
+    s.clock.stop_after = 20
+    s.deliver()
+    assert s.stored.trouble == "too large, said the server"
+    assert s.set_aside() == []
+    s.clock.stop_after = None
+    s.target.room = 10**9
+    s.deliver()
+    assert set(s.target.kept.values()) == {1}
+    assert len(s.target.kept) == 20
 
 
 def test_a_server_that_takes_little_is_seldom_asked_for_more(site):
@@ -824,7 +838,7 @@ class Deliveries(RuleBasedStateMachine):
         room=st.sampled_from([1, 40, 10**6]),
     )
     def deliver(self, answers, room):
-        self.site.target.answers, self.site.target.room = answers, max(room, 20)
+        self.site.target.answers, self.site.target.room = answers, max(room, 100)
         self.site.deliver()
         self.site.target.answers = []
 

@@ -182,6 +182,7 @@ def test_a_call_that_makes_no_sense(options: str, said: str) -> None:
 # The agent's answers and the state file
 
 
+TOTALS = {"cpu_user": {"": 1}}
 Agent = Callable[[dict[str, dict[str, Any]]], None]
 
 
@@ -192,7 +193,7 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
 
     def call(path: str, method: str, **parameters: Any) -> dict[str, Any]:
         shown = {
-            name: {"id": name, "uid": os.geteuid(), "parent": None, "started": 1.5, "tags": {}} | job
+            name: {"id": name, "uid": os.geteuid(), "parent": None, "started": 1.5, "tags": {}, "totals": TOTALS} | job
             for name, job in jobs.items()
         }
         if method == "List":
@@ -259,7 +260,7 @@ def test_who_cannot_see_others_jobs_is_told(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    agent["7"] = {"uid": 4712}
+    agent["7"] = {"uid": 4712, "totals": {}}  # as the agent shows it to a stranger
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
     assert monitor(tmp_path / "state") == 0
     assert "uid 4711 sees what its own jobs use, and no other's" in capsys.readouterr().err
@@ -268,8 +269,25 @@ def test_who_cannot_see_others_jobs_is_told(
     assert capsys.readouterr().err == ""
 
 
+def test_who_sees_all_jobs_is_not_told_otherwise(
+    agent: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of access.read, with a stranger's job that has a slot, and one that has none."""
+    agent["7"] = {"uid": 4712, "tags": {"SlotName": "slot1"}, "classad": AD}
+    agent["8"] = {"uid": 4713}
+    agent["mine"] = {"uid": 4711, "totals": {}}  # not read yet
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    assert monitor(tmp_path / "state") == 0
+    out, err = capsys.readouterr()
+    assert (list(ads(out)), err) == (["slot1"], "")
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "7", '{"jobs": {}}', '{"jobs": {"a": 7}, "slots": []}', '{"jobs": [], "slots": []}',
+             "[" * 9999, '{"jobs": {"a": {"x": Infinity}}, "slots": []}', '{"jobs": {"a": {"x": ' + "9" * 5000 + "}}}",
              '{"jobs": {"a": {"x": -1}}, "slots": []}', '{"jobs": {"a": {"x": "1"}}, "slots": []}', "\udcff"],
 )  # fmt: skip
 def test_a_damaged_state_is_told_and_begun_anew(
