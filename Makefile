@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 .PHONY: help setup demo test test-vm test-db lint unit bench docs install-units fuzz man completions clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup: $(READY) ## install system packages and a virtual environment with acctd in it
 

@@ -35,7 +35,7 @@ class Cost:
 
     def published(self, jobs: int) -> dict[str, float]:
         """All of it; times in s, memory in bytes."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
+        usage, resident = resource.getrusage(resource.RUSAGE_SELF), procs.resident()
         return {
             "ticks": self.ticks,
             "missed_ticks": self.missed_ticks,
@@ -45,8 +45,9 @@ class Cost:
             "tick_seconds": self.tick_seconds,
             "uptime_seconds": time.monotonic() - self.started,
             "cpu_seconds": usage.ru_utime + usage.ru_stime,
-            "resident_bytes": procs.resident(),
-            "resident_peak_bytes": usage.ru_maxrss * 1024,
+            "resident_bytes": resident,
+            # The kernel adds up per-CPU counts for the one and not for the other.
+            "resident_peak_bytes": max(resident, usage.ru_maxrss * 1024),
             "open_descriptors": procs.open_descriptors(),
             "jobs": jobs,
         }

@@ -176,6 +176,8 @@ def export(table: ExportTable) -> ExportConfig:
     for key, text in (("cluster", table.cluster), ("scheduler", table.scheduler)):
         if any(ord(character) < 32 for character in text) or text != text.strip():
             raise UsageError(f"export.{key} {text!r} is not usable; it takes a name without control characters")
+    if table.group is not None and not re.fullmatch(r"[^\s:\0]{1,64}", table.group):
+        raise UsageError(f"export.group {table.group!r} is not usable; it takes the name of a group")
     spool_max = table.spool_max
     most = parse_size("export.spool_max", spool_max) if isinstance(spool_max, str) else spool_max
     if most < 2**20:

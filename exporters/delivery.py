@@ -260,8 +260,8 @@ class Delivery:
                 if isinstance(e, TooLargeError) and (len(points) > 1 or len(points[0]) > _SMALL):
                     self._tell(None)
                     raise
-                # What a target did not foresee says nothing against the points: they wait, and it is shown. Nor does one
-                # small point that is too large: then something on the way takes nothing at all.
+                # What a target did not foresee says nothing against the points: they wait, and it is shown. Nor does
+                # one small point that is too large: then something on the way takes nothing at all.
                 foreseen = isinstance(e, UnavailableError | OSError | TooLargeError)
                 if not foreseen and not unforeseen:
                     log.exception("sink %s: a request failed for a reason of its own", self.name)
