@@ -28,7 +28,7 @@ from acctd.rows import Proxy
 from exporters import chirp
 from lab.starter import Starter
 from lab.topology import Topology
-from tests.kernel.conftest import REPO
+from tests.kernel.conftest import BASE, REPO, Node, make_node
 from tests.kernel.served import Served
 from tests.kernel.test_classad_oracle import expected
 from tests.kernel.test_hook import hook, ok
@@ -50,6 +50,15 @@ def read(text: str) -> dict[str, Any]:
     ad = classad2.parseOne(text, classad2.Parser.Old)
     assert len(ad) == text.count("\n")
     return {name: ad.eval(name) for name in ad}
+
+
+@pytest.fixture(params=["nftables", "iptables"])
+def each_backend(request: pytest.FixtureRequest, topology: Topology) -> Iterator[Node]:
+    """Where other users reach it: pytest's own directory is closed to them again by each pytest that begins."""
+    with tempfile.TemporaryDirectory(prefix=BASE) as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        yield from make_node(topology, directory, backend=request.param)
 
 
 @pytest.fixture
@@ -181,10 +190,7 @@ class User:
 
 @pytest.fixture
 def user(served: Served) -> Iterator[User]:
-    for parent in served.path.parents:
-        if parent.name.startswith(("pytest-", "test_")):
-            parent.chmod(0o755)
-    with tempfile.TemporaryDirectory(prefix="acctdtest-") as name:
+    with tempfile.TemporaryDirectory(prefix=BASE) as name:
         directory = Path(name)
         directory.chmod(0o755)
         home = directory / "home"
@@ -193,13 +199,19 @@ def user(served: Served) -> Iterator[User]:
         yield User(served, install(directory, "/usr/bin/python3").hook, home)
 
 
-def test_a_user_is_told_that_it_sees_its_own_jobs_only(served: Served, user: User) -> None:
+def test_a_user_is_told_that_it_sees_its_own_jobs_only_until_it_sees_all(served: Served, user: User) -> None:
     ok(served, "create", "--job", "7.0", "--tag", "SlotName=slot1")
     ok(served, "create", "--job", "8.0", "--user", "nobody", "--tag", "SlotName=slot2")
     done = user.run("monitor", "--state", str(user.home / "state"))
     assert done.returncode == 0, done.stderr
     assert list(ads(done.stdout)) == ["slot2"]
     assert "uid 65534 sees what its own jobs use" in done.stderr
+    with served.node.config.open("a") as config:
+        config.write('[access]\nread = ["nobody"]\n')
+    served.ok("Reload")
+    done = user.run("monitor", "--state", str(user.home / "state"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(ads(done.stdout)) == ["slot1", "slot2"]
 
 
 # The page's scripts, as HTCondor calls them
