@@ -3,9 +3,7 @@
 Pure data and its checks. Whether a database answers, a file is there or a port is free is found out by `acctd export`.
 """
 
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,12 +11,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from acctd.errors import NotFoundError, NotPermittedError, UsageError
+from acctd.errors import UsageError
 from acctd.model import parse_size
 from acctd.tables import ExportTable, InfluxTable, JsonTable, PrometheusTable, Stream
-
-CREDENTIALS = "CREDENTIALS_DIRECTORY"  # systemd.exec(5), LoadCredential=
-SECRET_BYTES = 65536
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 
@@ -230,33 +225,6 @@ def address(key: str, text: str) -> str | tuple[str, int]:
     if not colon or not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
         raise UsageError(f"{key} {text!r} is not usable; write it like 127.0.0.1:9735, [::1]:9735 or unix:/run/x.sock")
     return host, int(port)
-
-
-def secret(key: str, name: str, environ: Mapping[str, str]) -> str:
-    """A token or password: a file's content, or that of a systemd credential where it is a name without a slash.
-
-    Raises NotFoundError, NotPermittedError, and UsageError for what no header may hold.
-    """
-    path = name
-    if "/" not in name:
-        if CREDENTIALS not in environ:
-            raise NotFoundError(
-                f"{key} {name!r} names a systemd credential and there is none; add LoadCredential={name}:/path to the "
-                "unit, or give a path"
-            )
-        path = os.path.join(environ[CREDENTIALS], name)
-    try:
-        with open(path, "rb") as stream:
-            text = stream.read(SECRET_BYTES).decode().strip()
-    except FileNotFoundError:
-        raise NotFoundError(f"{key} {path} does not exist; write the secret into it") from None
-    except PermissionError:
-        raise NotPermittedError(f"{key} {path} may not be read by this user; see its owner and mode") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{key} {path} cannot be read ({e}); it takes a text file") from None
-    if not text or not text.isprintable() or not text.isascii():
-        raise UsageError(f"{key} {path} holds no usable secret; it takes one line of printable ASCII")
-    return text
 
 
 def _file(key: str, text: str | None) -> str | None:

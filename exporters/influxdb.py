@@ -8,7 +8,6 @@ import base64
 import gzip
 import json
 import logging
-import os
 import re
 import ssl
 import time
@@ -27,12 +26,12 @@ from urllib3.exceptions import (
     SSLError,
 )
 
-from acctd import sinks
 from acctd.errors import AcctdError, NotFoundError
 from acctd.frames import STREAMS, Frame
 from acctd.sinks import ExportConfig, InfluxSink
 from exporters.delivery import Item, RefusedError, TooLargeError, UnavailableError
 from exporters.lineprotocol import TO_RECORDS, Lines
+from exporters.secretfile import locate, secret
 
 _CONNECT_MOST = 5.0  # s; one that is there accepts at once, and the rest of the time-out is for its answer
 _WORDS_MOST = 500  # characters of an answer that are shown
@@ -114,7 +113,7 @@ class InfluxTarget:
         sink = self._sink
         headers = {"Content-Type": "text/plain; charset=utf-8", "Content-Encoding": "gzip"}
         if sink.user is not None and sink.password_file is not None:
-            password = sinks.secret(f"influxdb.{sink.name}.password_file", sink.password_file, self._environ)
+            password = secret(f"influxdb.{sink.name}.password_file", sink.password_file, self._environ)
             headers["Authorization"] = f"Basic {base64.b64encode(f'{sink.user}:{password}'.encode()).decode()}"
         elif (token := self._token()) is not None:
             headers["Authorization"] = f"Bearer {token}"
@@ -178,18 +177,18 @@ class InfluxTarget:
 
     def _token(self) -> str | None:
         name = self._sink.token_file
-        return sinks.secret(f"influxdb.{self._sink.name}.token_file", name, self._environ) if name else None
+        return secret(f"influxdb.{self._sink.name}.token_file", name, self._environ) if name else None
 
     def _tls(self) -> ssl.SSLContext:
         """With verification, against the system's authorities or the given one. Raises AcctdError, OSError."""
         name = self._sink.ca_file
         if name is None:
             return ssl.create_default_context()
-        path = name if "/" in name else os.path.join(self._environ.get(sinks.CREDENTIALS, ""), name)
+        key = f"influxdb.{self._sink.name}.ca_file"
+        path = locate(key, name, self._environ)
         try:
             return ssl.create_default_context(cafile=path)
         except OSError as e:
-            key = f"influxdb.{self._sink.name}.ca_file"
             words = e.strerror if not isinstance(e, ssl.SSLError) else "it holds no certificate in PEM form"
             raise NotFoundError(f"{key} {path} cannot be used ({words}); give the authority's certificate") from e
 

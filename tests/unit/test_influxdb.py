@@ -88,6 +88,7 @@ class Database:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # an answer in one piece, or each costs what TCP waits for a second one
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -425,6 +426,12 @@ class TestNotOfThePoints:
         assert error.retry_after is None
         database.reply = Reply()
         one.send("samples", POINTS)
+
+    def test_a_full_disk_of_the_database(self, database: Database, version: int) -> None:
+        """influxd 1.6 of points in new series: dropped are all, and all are good."""
+        words = "partial write: write /x/data/acctd/_series/07/0000: no space left on device dropped=1000"
+        database.reply = Reply(400, v1(words))
+        assert words in str(unavailable(target(database.url, version), [b"m,t=%d f=1i 1" % n for n in range(1000)]))
 
     @pytest.mark.parametrize("status", [429, 503])
     def test_retry_after(self, database: Database, version: int, status: int) -> None:
