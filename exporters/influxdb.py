@@ -1,7 +1,8 @@
 """One InfluxDB as a target of delivery: a batch of lines in one request, and what the server's answer means.
 
-Versions 2 and 3 through influxdb-client's write API in its SYNCHRONOUS mode, version 1 through urllib3. Keeps no point,
-tries nothing twice and waits for nothing: delivery does. judge() decides between trying again and quarantine.
+Versions 2 and 3 through influxdb-client's write API in its SYNCHRONOUS mode, version 1 through urllib3, both within the
+bounds of httpbounds. Keeps no point, tries nothing twice and waits for nothing: delivery does. judge() decides between
+trying again and quarantine.
 """
 
 import base64
@@ -29,13 +30,17 @@ from urllib3.exceptions import (
 from acctd.errors import AcctdError, NotFoundError
 from acctd.frames import STREAMS, Frame
 from acctd.sinks import ExportConfig, InfluxSink
+from acctd.wording import clean
 from exporters.delivery import Item, RefusedError, TooLargeError, UnavailableError
+from exporters.httpbounds import LateError, Pools
 from exporters.lineprotocol import TO_RECORDS, Lines
 from exporters.secretfile import locate, secret
 
 _CONNECT_MOST = 5.0  # s; one that is there accepts at once, and the rest of the time-out is for its answer
 _WORDS_MOST = 500  # characters of an answer that are shown
 _COMPRESSION = 1  # the level; the highest takes six times the CPU for a fifth of the bytes less
+_UNNAMED_MOST = 20  # points in a row, none of them named and none accepted between, that go into quarantine at once
+_UNNAMED_WAIT = 86400.0  # s for which the next one waits; long enough for somebody to come
 
 _OF_THE_POINTS = (400, 422)
 _OF_POINTS = re.compile(r"pars|partial|point|line|field|tag|column|measurement|table|value|timestamp", re.IGNORECASE)
@@ -49,7 +54,10 @@ _NOT_OF_THE_POINTS = re.compile(
 )
 _OF_A_LINE_IN_PLAIN_TEXT = re.compile(r"too long line|failed to parse line protocol")
 _DROPPED = re.compile(r"dropped=(\d+)")
-_UNPARSED = re.compile(r"unable to parse '(.*?)': (.*?)(?=\nunable to parse '|(?: dropped=\d+)?\Z)", re.DOTALL)
+_DROPPED_AT_END = re.compile(r" dropped=\d+\Z")
+_UNPARSED = "unable to parse '"
+_TOLD_AND_CUT = re.compile(r'\s*\{.{0,200}?"(?:error|message)"\s*:\s*"((?:[^"\\]|\\.)*)', re.DOTALL)
+_ENTRY_AND_CUT = re.compile(r'"error_message"\s*:\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
 
 
 class Answer(NamedTuple):
@@ -72,6 +80,8 @@ class InfluxTarget:
         self._lines = Lines(sink, export, host)
         self._post: Callable[[str, bytes], Answer] | None = None
         self._release: Callable[[], None] = _nothing
+        self._unnamed = 0  # points refused in words that name none, since the last that was accepted
+        self._since = 0.0  # when they became too many, by the monotonic clock
 
     def encode(self, frame: Frame) -> list[Item]:
         return self._lines.encode(frame)
@@ -80,17 +90,21 @@ class InfluxTarget:
         try:
             post = self._post or self._connect()
             answer = post(to, b"\n".join(data))
-        except (AcctdError, HTTPError, OSError, UnicodeError) as e:
-            self.close()
-            raise UnavailableError(f"{self._sink.url}: {_trouble(e, self._sink)}") from e
-        if answer.status == 204 or (answer.status == 200 and not answer.body.strip()):
-            return
-        try:
-            judge(answer, data, self._sink.url)
+            if answer.status != 204 and (answer.status != 200 or answer.body.strip()):
+                judge(answer, data, self._sink.url)
+        except TooLargeError:
+            raise
+        except RefusedError as e:
+            self._doubt(e, data)
+            raise
         except UnavailableError:
             # The next attempt takes a new connection, and a token or a certificate that was changed meanwhile.
             self.close()
             raise
+        except Exception as e:  # whatever a stranger's answer does to a parser: nothing is known against a point
+            self.close()
+            raise UnavailableError(f"{self._sink.url}: {_trouble(e, self._sink)}") from e
+        self._unnamed = 0
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -101,6 +115,23 @@ class InfluxTarget:
     def close(self) -> None:
         self._release()
         self._post, self._release = None, _nothing
+
+    def _doubt(self, error: RefusedError, data: Sequence[bytes]) -> None:
+        """Raises UnavailableError where so many points are refused in unknown words that it is hardly theirs.
+
+        A server that is asked for one point and answers as it does for each is rather out of a right or a limit, in
+        words that judge() does not know. Only for a time: were it the points after all, others would wait for ever.
+        """
+        if error.bad or len(data) > 1:
+            return
+        self._unnamed += 1
+        if self._unnamed <= _UNNAMED_MOST:
+            self._since = time.monotonic()
+        elif time.monotonic() < self._since + _UNNAMED_WAIT:
+            self.close()
+            raise UnavailableError(
+                f"{self._sink.url} takes no point and names none ({error}); see its log and its limits"
+            ) from error
 
     def _connect(self) -> Callable[[str, bytes], Answer]:
         """Read the secrets and make a client. Raises AcctdError, OSError."""
@@ -117,7 +148,8 @@ class InfluxTarget:
             headers["Authorization"] = f"Basic {base64.b64encode(f'{sink.user}:{password}'.encode()).decode()}"
         elif (token := self._token()) is not None:
             headers["Authorization"] = f"Bearer {token}"
-        pool = urllib3.PoolManager(
+        pool = Pools(
+            sink.timeout,
             retries=False,
             timeout=urllib3.Timeout(connect=self._connect_timeout, read=sink.timeout),
             ssl_context=context,
@@ -151,6 +183,9 @@ class InfluxTarget:
             ssl_context=context,
             retries=False,
         )
+        # Its own pools would read an answer of any size, for any time; close() is theirs.
+        pools = Pools(sink.timeout, retries=False, ssl_context=context)
+        client.api_client.rest_client.pool_manager = pools  # type: ignore[assignment]
         writer = client.write_api(write_options=SYNCHRONOUS)
         self._release = client.close
 
@@ -200,7 +235,8 @@ def judge(answer: Answer, data: Sequence[bytes], url: str) -> NoReturn:
     about the request. An HTML page is a proxy's: it has not asked the database, so it can have nothing against a point,
     and a sink that waits is better than a spool that goes into quarantine. The same goes for a gateway's "Bad Request",
     and for plain text, unless it says that a line is at fault, as VictoriaMetrics does of one that is too long. A
-    database that has as many series or columns as it may will take the point once its limit is raised.
+    database that has as many series or columns as it may will take the point once its limit is raised. Of an answer
+    that was too long to be read whole the beginning counts.
     """
     status, words = answer.status, _words(answer)
     if status == 413:
@@ -211,29 +247,46 @@ def judge(answer: Answer, data: Sequence[bytes], url: str) -> NoReturn:
         if told is not None and not _of_the_request(told, document):
             raise RefusedError(f"{status} {words}", _bad(document, told, data))
         if told is None and _OF_A_LINE_IN_PLAIN_TEXT.search(answer.body) and not answer.body.lstrip().startswith("<"):
-            raise RefusedError(f"{status} {words}")
+            raise RefusedError(f"{status} {words}", _alone(data, words))
     raise UnavailableError(f"{url} answers {status}: {words}{_advice(status)}", _retry_after(answer.headers))
 
 
 def _bad(document: Any, told: str, data: Sequence[bytes]) -> dict[int, str] | None:
     """Which points, where the server tells; None where it does not."""
     if entries := _entries(document):
-        if all(isinstance(number, int) and 1 <= number <= len(data) for number, _ in entries):
-            return {number - 1: words for number, words in entries}
-        return None
-    if unparsed := _UNPARSED.findall(told):  # 1 and 2, which quote the line
+        if all(type(number) is int and 1 <= number <= len(data) for number, _ in entries):
+            return {number - 1: clean(words) for number, words in entries}
+        return _alone(data, told)
+    if unparsed := _unparsed(told):  # 1 and 2, which quote the line
         numbers = {line.decode(errors="replace"): number for number, line in enumerate(data)}
-        found = {numbers[line]: words for line, words in unparsed if line in numbers}
-        return found or None
+        found = {numbers[line]: clean(words) for line, words in unparsed if line in numbers}
+        return found or _alone(data, told)
     dropped = _DROPPED.search(told)
-    if dropped and int(dropped[1]) == len(data):
-        return dict.fromkeys(range(len(data)), told)
+    if dropped and dropped[1] == str(len(data)):
+        return dict.fromkeys(range(len(data)), clean(told))
     return None
+
+
+def _alone(data: Sequence[bytes], words: str) -> dict[int, str] | None:
+    """For words that are about some line: of one that was sent alone they are about that."""
+    return {0: clean(words)} if len(data) == 1 else None
+
+
+def _unparsed(told: str) -> list[tuple[str, str]]:
+    """Lines that are quoted, and the words about each, in linear time: a line may hold what stands around lines."""
+    first, *others = told.split(f"\n{_UNPARSED}")
+    parts = [part for part in (first.partition(_UNPARSED)[2], *others) if part]
+    found = []
+    for part in parts:
+        line, colon, words = part.partition("': ")
+        if colon:
+            found.append((line, _DROPPED_AT_END.sub("", words)))
+    return found
 
 
 def _of_the_request(told: str, document: Any) -> bool:
     """Whether the words are about something else than points. A line that they quote may hold any word."""
-    if _UNPARSED.search(told):
+    if _unparsed(told):
         return False
     if not _OF_POINTS.search(told):
         return True
@@ -250,8 +303,20 @@ def _entries(document: Any) -> list[tuple[Any, str]]:
 def _document(body: str) -> Any:
     try:
         return json.loads(body)
+    except (ValueError, RecursionError):
+        pass
+    if told := _TOLD_AND_CUT.match(body):
+        entries = _ENTRY_AND_CUT.findall(body, told.end())
+        return {"error": _unescaped(told[1]), "data": [{"error_message": _unescaped(words)} for words in entries]}
+    return None
+
+
+def _unescaped(text: str) -> str:
+    """The inside of a JSON string, which may have been cut in an escape."""
+    try:
+        return str(json.loads(f'"{text}"', strict=False))
     except ValueError:
-        return None
+        return text
 
 
 def _message(document: Any) -> str | None:
@@ -266,9 +331,9 @@ def _words(answer: Answer) -> str:
     """The server's own, in one line."""
     told = _message(_document(answer.body)) or answer.headers.get("x-influxdb-error")
     if told is None:
-        told = re.sub(r"<[^>]*>", " ", answer.body)
+        told = re.sub(r"<[^<>]*>", " ", answer.body)
     told = " ".join(told.split())
-    return (told if len(told) <= _WORDS_MOST else f"{told[:_WORDS_MOST]}...") or "nothing more"
+    return clean(told if len(told) <= _WORDS_MOST else f"{told[:_WORDS_MOST]}...") or "nothing more"
 
 
 def _advice(status: int) -> str:
@@ -308,16 +373,21 @@ def _trouble(error: Exception, sink: InfluxSink) -> str:
         return f"it cannot be reached ({_plain(error)}); see that it runs, and the url"
     if isinstance(error, ConnectTimeoutError):
         return "nothing accepts a connection there; see that it runs and that no firewall is between"
-    if isinstance(error, ReadTimeoutError | TimeoutError):
+    if isinstance(error, LateError):
+        return f"{_plain(error)}; see that it and the network are not overloaded, or give more timeout"
+    if isinstance(error, ReadTimeoutError | TimeoutError) or any(isinstance(e, TimeoutError) for e in error.args):
         return f"it did not answer within timeout = {sink.timeout:g} s"
-    if isinstance(error, UnicodeError):
-        return "its answer is no text; see that the url leads to the database itself"
-    return f"the connection broke ({_plain(error)})"
+    if isinstance(error, HTTPError | OSError):
+        return f"the connection broke ({_plain(error)})"
+    return (
+        f"its answer cannot be made sense of ({type(error).__name__}: {_plain(error)}); see that the url leads to the "
+        "database itself"
+    )
 
 
 def _plain(error: Exception) -> str:
     """urllib3 begins with a pool's repr."""
-    return " ".join(str(error).rpartition(">: ")[2].split())[:_WORDS_MOST]
+    return clean(" ".join(str(error).rpartition(">: ")[2].split())[:_WORDS_MOST])
 
 
 def _lower(headers: Mapping[str, str]) -> dict[str, str]:
