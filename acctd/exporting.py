@@ -145,8 +145,10 @@ class Exporter:
                 if self._told.get(sink.name) != str(e):
                     log.error("sink %s: %s", sink.name, e)
                     self._told[sink.name] = str(e)
-            except Exception:
-                log.exception("sink %s failed; it is begun again", sink.name)  # a defect of ours
+            except Exception as e:  # a defect of ours
+                log.exception("sink %s failed; it is begun again", sink.name)
+                self._told[sink.name] = repr(e)
+            self.deliveries.pop(sink.name, None)
             if self._finite.is_set():
                 return
             self._stopping.wait(_AGAIN)
