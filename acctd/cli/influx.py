@@ -24,6 +24,7 @@ from acctd.agent import Agent
 from acctd.cli.output import say
 from acctd.errors import AcctdError, ExhaustedError, NotFoundError, UsageError
 from acctd.exporting import Exporter
+from acctd.frames import STREAMS
 from acctd.job import Job
 from acctd.kernel import filelock, private
 from acctd.outbox import Outbox
@@ -231,7 +232,7 @@ def _remove(place: Path) -> None:
 
 def _size(outboxes: Path) -> int:
     """What all runs have left together."""
-    return sum(spool.size(stream) for stream in outboxes.glob("*/spool/*"))
+    return sum(spool.size(place / "spool" / stream) for place in outboxes.glob("[!.]*") for stream in STREAMS)
 
 
 def _export(export: ExportConfig, place: Path, sink: InfluxSink) -> ExportConfig:
