@@ -236,6 +236,7 @@ def test_who_asks_soon_after_gets_the_same_in_each_form_and_later_a_new_one(serv
     assert fetch(server.url)[2] == b"1\n"
     monkeypatch.setattr(module, "_FRESH", 0.0)
     assert fetch(server.url)[2] == b"3\n"
+    until(lambda: not server._rendered)
     monkeypatch.setattr(module, "_FRESH", 0.5)
     assert fetch(server.url)[2] == b"4\n"
     until(lambda: not server._rendered)  # and nothing is kept of it, though nobody asks any more
