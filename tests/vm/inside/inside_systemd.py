@@ -279,12 +279,17 @@ def test_an_ordinary_user_under_the_hardened_agent(job: Job) -> None:
 
 
 def test_the_exporter_is_a_user_without_rights(job: Job) -> None:
-    """As the units are, but for the interpreter: that of this tree may be where no other user gets."""
+    """As the units are, but for where the program is: this tree may be where the unit, or its user, sees nothing."""
+    tree = Path("/opt/acctd-tree")
+    packages = next(Path(path) for path in sys.path if path.endswith("site-packages"))
+    for name in ("acctd", "collectors", "exporters"):
+        shutil.copytree(REPO / name, tree / name)
+    for name in ("click", "msgspec", "prometheus_client"):
+        shutil.copytree(packages / name, tree / name)
     program = "/usr/bin/python3 -c 'from acctd.cli.main import main; main()' export"
-    paths = ":".join([str(REPO), *(path for path in sys.path if path.endswith("site-packages"))])
     drop_in = Path("/run/systemd/system/acctd-export.service.d/tree.conf")
     drop_in.parent.mkdir(parents=True)
-    drop_in.write_text(f"[Service]\nExecStart=\nExecStart={program}\nEnvironment=PYTHONPATH={paths}\n")
+    drop_in.write_text(f"[Service]\nExecStart=\nExecStart={program}\nEnvironment=PYTHONPATH={tree}\n")
     run("systemctl", "daemon-reload")
     out, metrics = Path("/var/lib/acctd-export/out.jsonl"), "/run/acctd-export/metrics.sock"
     with configured(f'[json.out]\npath = "{out}"\n[prometheus]\nlisten = "unix:{metrics}"\n'):
