@@ -252,6 +252,7 @@ def standing(number: int, *, network: str = "nat", backend: str = "auto", interv
 
 
 def _many_descriptors() -> None:
-    """A thousand jobs keep some twenty counter files open each; the agent inherits our limit."""
+    """A thousand jobs keep some twenty counter files open each; the agent inherits our limit, that of acctd.service."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted = max(hard, 524_288)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
