@@ -1,4 +1,4 @@
-"""`python -m bench.live`: 2000 jobs live on one node: what a tick leaves, what a scrape costs, what a database is sent.
+"""`python -m bench.live`: jobs live on one node: what a tick leaves, what a scrape costs, what a database is sent.
 
 A real `acctd serve` with standing jobs, each with a pipe and a process of its own, and a real `acctd export` beside it,
 with /metrics and one InfluxDB sink: a server that takes everything and counts. The figures of bench/scrape.py are from
@@ -137,7 +137,7 @@ def _exporter(served: Served) -> "Iterator[subprocess.Popen[bytes]]":
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(prog="python -m bench.live", description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--jobs", type=int, default=2000, help="each keeps some 18 files open: see ulimit -Hn")
     parser.add_argument("--ticks", type=int, default=10)
     parser.add_argument("--scrapes", type=int, default=11)
     parser.add_argument("--quick", action="store_true", help="small figures: does it run at all?")

@@ -252,7 +252,12 @@ def standing(number: int, *, network: str = "nat", backend: str = "auto", interv
 
 
 def _many_descriptors() -> None:
-    """A thousand jobs keep some twenty counter files open each; the agent inherits our limit, that of acctd.service."""
+    """A thousand jobs keep some twenty counter files open each; the agent inherits our limit, that of acctd.service if
+    this machine lets us.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(hard, 524_288)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+    except ValueError:  # without CAP_SYS_RESOURCE
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
