@@ -54,6 +54,7 @@ bench: $(READY) ## all benchmarks; their tables belong into docs/performance.md
 	$(RUN) -m bench.sinks
 	$(RUN) -m bench.ingest
 	$(RUN) -m bench.scrape
+	$(RUN) -m bench.live
 
 docs: $(READY) ## make docs/metrics.md and dashboards/ anew from what they are made of
 	$(RUN) -m exporters.reference > docs/metrics.md

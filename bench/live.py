@@ -101,13 +101,11 @@ def measure(served: Served, ticks: int, scrapes: int) -> None:
                 time.sleep(1.1)  # a rendering is shared for a second
                 form.append(scrape(f"{directory}/m", packed=form is packed))
         series = sum(not line.startswith(b"#") for line in plain[-1][1].splitlines())
-        spooled = sum(path.stat().st_size for path in (directory / "spool" / "samples").glob("*"))
         resident, agent = Weight.of(exporter.pid).resident, Weight.of(served.pid).resident
     print(f"{jobs} jobs. {machine()}\n")
     rows: list[list[object]] = [
         [f"tick with its samples, ms (p50 of {len(took)})", f"{statistics.median(took) * 1e3:.0f}"],
         ["agent resident, MiB", f"{agent / 1024:.1f}"],
-        ["left in the spool a tick, kB", f"{spooled / ticks / 1e3:.0f}"],
         ["scrape as text, ms", f"{statistics.median(took for took, _ in plain) * 1e3:.0f}"],
         ["its size, MB", f"{len(plain[-1][1]) / 1e6:.2f}"],
         ["series", series],
