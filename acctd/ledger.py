@@ -79,6 +79,9 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
+_PATIENCE = 30.0
+"""s that one waits for what another process writes."""
+
 _CORRUPT = ("malformed", "not a database")
 
 _COLUMNS = "phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, account, parent, terms"
@@ -94,18 +97,30 @@ class Ledger:
         try:
             with ExitStack() as undo:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
+                self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
                 undo.callback(self.close)
                 os.chmod(path, 0o600)
                 found = os.stat(path)
                 self._file = found.st_dev, found.st_ino
-                self._db.execute("PRAGMA journal_mode = WAL")
+                self._use_wal()
                 self._migrate()
                 # NORMAL: a commit survives kill -9, and a power cut takes the jobs themselves along. Records use FULL.
                 self._db.execute("PRAGMA synchronous = NORMAL")
                 undo.pop_all()
         except (sqlite3.Error, OSError) as e:
             raise _trouble(path, e) from e
+
+    def _use_wal(self) -> None:
+        """SQLite does not wait for its lock here as it does elsewhere: two who make a new ledger meet at once."""
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as e:
+                if e.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -380,7 +380,10 @@ def test_sigterm_without_a_keeper_lets_all_go(v1: Bench) -> None:
 
 def reads_lines(guardian: psutil.Process) -> bool:
     """Whether its epoll still has descriptor 0."""
-    infos = [Path(f"/proc/{guardian.pid}/fdinfo/{fd}").read_text() for fd in os.listdir(f"/proc/{guardian.pid}/fd")]
+    infos = []
+    for fd in os.listdir(f"/proc/{guardian.pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            infos.append(Path(f"/proc/{guardian.pid}/fdinfo/{fd}").read_text())
     return any(line.split()[:2] == ["tfd:", "0"] for info in infos for line in info.splitlines())
 
 
@@ -403,7 +406,10 @@ def test_an_idle_guardian_does_nothing(v1: Bench) -> None:
 
 def sees(guardian: psutil.Process, directory: Path) -> bool:
     """Whether it has the file open, and is asleep in epoll_wait after that."""
-    held = {os.readlink(f"/proc/{guardian.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{guardian.pid}/fd")}
+    held = set()
+    for fd in os.listdir(f"/proc/{guardian.pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            held.add(os.readlink(f"/proc/{guardian.pid}/fd/{fd}"))
     wanted = f"{directory}/memory.oom_control"
     return wanted in held and Path(f"/proc/{guardian.pid}/wchan").read_text() in ("ep_poll", "do_epoll_wait", "0")
 
