@@ -144,6 +144,12 @@ MEMORY_PEAK = Metric(
     classad="ImageSize",
     scale=1024,
 )
+MEMORY_RESIDENT_TIME = Metric(
+    "memory_resident_time", "KiB*s", "counter", "memory_resident summed over time: 1 GiB for 1 h is 3774873600"
+)
+MEMORY_RESERVED_TIME = Metric(
+    "memory_reserved_time", "KiB*s", "counter", "the memory that the job asked for, summed over time"
+)
 MEMORY_FAILCNT = Metric("memory_failcnt", "events", "counter", "times the memory limit was hit")
 MEMORY_SWAP_FAILCNT = Metric(
     "memory_swap_failcnt", "events", "counter", "times v1's limit of memory and swap together was hit"
@@ -153,6 +159,7 @@ MEMORY_OOM_KILLS = Metric("memory_oom_kills", "events", "counter", "processes th
 # CPU. Kernel docs: admin-guide/cgroup-v1/cpuacct.rst, scheduler/sched-bwc.rst.
 CPU_USER = Metric("cpu_user", "ns", "counter", "CPU time in user mode", classad="RemoteUserCpu", scale=10**9)
 CPU_SYSTEM = Metric("cpu_system", "ns", "counter", "CPU time in the kernel", classad="RemoteSysCpu", scale=10**9)
+CPU_RESERVED = Metric("cpu_reserved", "ns", "counter", "the cores that the job asked for, summed over time")
 CPU_PERIODS = Metric("cpu_periods", "periods", "counter", "quota periods in which the job wanted to run")
 CPU_THROTTLED_PERIODS = Metric(
     "cpu_throttled_periods", "periods", "counter", "quota periods in which the job was stopped"
@@ -198,6 +205,12 @@ NFS_OPERATIONS = Metric("nfs_operations", "operations", "counter", "all requests
 NFS_TIME = Metric("nfs_time", "ms", "counter", "sum over these requests of the time from making one to its end")
 NFS_SERVER_TIME = Metric("nfs_server_time", "ms", "counter", "what of nfs_time passed from sending to the reply")
 NFS = (NFS_READ_BYTES, NFS_WRITE_BYTES, NFS_READS, NFS_WRITES, NFS_OPERATIONS, NFS_TIME, NFS_SERVER_TIME)
+
+BILLED = (
+    *(CPU_USER, CPU_SYSTEM, CPU_RESERVED, MEMORY_RESIDENT_TIME, MEMORY_RESERVED_TIME),
+    *(*BLOCK, NETWORK_BYTES, NETWORK_PACKETS, *NFS),
+)
+"""What a tariff can have a price for, beside wall time: counters all, so that a part of a job is a difference of two."""
 
 CATALOGUE: tuple[Metric, ...] = tuple(value for value in globals().values() if isinstance(value, Metric))
 BY_NAME: dict[str, Metric] = {metric.name: metric for metric in CATALOGUE}

@@ -147,6 +147,14 @@ class JobSpec:
                 raise UsageError(f"tags {other} and {key} differ in case only, which a ClassAd cannot tell; rename one")
 
 
+@dataclass(frozen=True, slots=True)
+class Midnight:
+    """What a job had used when it was read first on another day (UTC), so that a bill can tell one month from the next."""
+
+    ns: int  # since the job's start, on the boottime clock
+    totals: dict[str, dict[str, int]]  # as in Record, of metrics.BILLED those that there were
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """A job's final, signed-off account. Durations come from the boottime clock; stamps are labels only."""
@@ -171,6 +179,7 @@ class Record:
     shortages: tuple[Shortage, ...] = ()  # each time that its memory ran out, oldest first
     shortages_dropped: int = 0  # others, which are not kept
     cpus: str = ""  # the cores it had for itself, where it asked for some
+    midnights: tuple[Midnight, ...] = ()  # of a job that saw the end of a day, oldest first
 
 
 def check_job_id(job: str) -> str:
