@@ -210,7 +210,7 @@ BILLED = (
     *(CPU_USER, CPU_SYSTEM, CPU_RESERVED, MEMORY_RESIDENT_TIME, MEMORY_RESERVED_TIME),
     *(*BLOCK, NETWORK_BYTES, NETWORK_PACKETS, *NFS),
 )
-"""What a tariff can have a price for, beside wall time: counters all, so that a part of a job is a difference of two."""
+"""What a tariff can price, beside wall time: counters all, so that a part of a job is a difference of two values."""
 
 CATALOGUE: tuple[Metric, ...] = tuple(value for value in globals().values() if isinstance(value, Metric))
 BY_NAME: dict[str, Metric] = {metric.name: metric for metric in CATALOGUE}

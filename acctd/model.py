@@ -149,7 +149,7 @@ class JobSpec:
 
 @dataclass(frozen=True, slots=True)
 class Midnight:
-    """What a job had used when it was read first on another day (UTC), so that a bill can tell one month from the next."""
+    """What a job had used when it was first read on another day (UTC): a bill tells one month from the next by it."""
 
     ns: int  # since the job's start, on the boottime clock
     totals: dict[str, dict[str, int]]  # as in Record, of metrics.BILLED those that there were
