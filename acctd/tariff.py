@@ -1,0 +1,271 @@
+"""A tariff: what the site asks for what is used, from a TOML file. Read and checked whole; nothing is billed here.
+
+Prices are decimals as written, never binary fractions. The tariff is known by the SHA-256 of its file's bytes. Floor 3.
+"""
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterable
+from datetime import date
+from decimal import Decimal
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import msgspec
+
+from acctd.errors import ConfigError, NotFoundError, NotPermittedError
+from acctd.measures import METERS, Meter
+
+_CURRENCY = re.compile(r"[A-Z]{3}\Z")
+_STEP = re.compile(r"\.?(\w+)|\[(\d+)\]")
+_NAME_MAX = 100
+_PLACES = 18
+"""Decimal places of a price at most; as many digits may stand before the point."""
+
+
+class Tier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A price, and up to how much used in the month it holds; the tier before it says from where."""
+
+    price: Decimal  # of one unit, in the currency
+    up_to: Decimal | None = None  # in the item's unit, counted from the month's beginning; None: without end
+
+
+class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One thing that is billed. Items do not know of each other: two that count the same bytes bill them twice."""
+
+    name: str
+    meter: str  # of measures.METERS
+    unit: str
+    price: Decimal | None = None  # as in the file; `tiers` has it too
+    tiers: tuple[Tier, ...] = ()  # rising, the last one open: never empty in a Tariff
+    classes: tuple[str, ...] = ()  # of a network meter; none: all
+    direction: Literal["outgoing", "incoming"] | None = None  # of a network meter; None: both
+    minimum: Decimal = Decimal(0)  # what a payer owes at least for a month in which it used any
+
+    @property
+    def measure(self) -> Meter:
+        """What its quantity is made of."""
+        return METERS[self.meter]
+
+    @property
+    def per_unit(self) -> Fraction:
+        """How many of the meter's own units (ns, KiB*s, bytes, operations) one unit is."""
+        return self.measure.units[self.unit]
+
+
+class Discount(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is taken off the lines of the jobs that an account pays, or that belong to an owner."""
+
+    percent: Decimal  # 0 to 100
+    account: str | None = None  # the payer
+    owner: str | None = None  # one of both is given
+    items: tuple[str, ...] = ()  # none: all
+
+
+class Period(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The prices from one day on, until the next period's."""
+
+    valid_from: date  # from the start of that day in the tariff's timezone
+    items: tuple[Item, ...] = msgspec.field(name="item", default=())
+    discounts: tuple[Discount, ...] = msgspec.field(name="discount", default=())
+
+    def item(self, name: str) -> Item | None:
+        """The item of that name, where this period has it."""
+        return next((item for item in self.items if item.name == name), None)
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    name: str
+    currency: str
+    digits: int = 2
+    timezone: str = "UTC"
+    periods: tuple[Period, ...] = msgspec.field(name="period", default=())
+
+
+class Tariff(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole tariff, checked."""
+
+    name: str
+    currency: str  # ISO 4217, three letters
+    digits: int  # of the currency's minor unit: 2 for cents
+    timezone: str  # of the IANA database; months and days begin there
+    periods: tuple[Period, ...]  # at least one, rising
+    digest: str  # SHA-256 of the file's bytes, hexadecimal
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """The timezone."""
+        return ZoneInfo(self.timezone)
+
+    @property
+    def item_names(self) -> tuple[str, ...]:
+        """Of all periods, in the order in which the file has them. A name is one item throughout."""
+        return tuple(dict.fromkeys(item.name for period in self.periods for item in period.items))
+
+
+def load(path: str) -> Tariff:
+    """The tariff in a file. Raises ConfigError for the first mistake in it, NotFoundError, NotPermittedError."""
+    try:
+        with open(path, "rb") as stream:
+            body = stream.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(f"tariff {path!r} does not exist; name a file that does") from None
+    except IsADirectoryError:
+        raise ConfigError(f"tariff {path!r} is a directory; name a TOML file") from None
+    except PermissionError:
+        raise NotPermittedError(f"tariff {path!r} may not be read by this user; change its mode") from None
+    return parse(body, path)
+
+
+def parse(body: bytes, name: str) -> Tariff:
+    """The tariff in a file's bytes; `name` is what mistakes are told with. Raises ConfigError."""
+    try:
+        data = tomllib.loads(body.decode(), parse_float=Decimal)
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{name}: byte {e.start} is no UTF-8; save the file as UTF-8") from None
+    except (tomllib.TOMLDecodeError, ArithmeticError, RecursionError) as e:
+        raise ConfigError(f"{name}: this is no TOML: {e}; see tariffs/example.toml") from None
+    try:
+        file = msgspec.convert(data, type=_File)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"{name}: {_sentence(e, data)}") from None
+    try:
+        periods = _checked(file)
+    except _Mistake as e:
+        raise ConfigError(f"{name}: {e}") from None
+    return Tariff(
+        name=file.name,
+        currency=file.currency,
+        digits=file.digits,
+        timezone=file.timezone,
+        periods=periods,
+        digest=hashlib.sha256(body).hexdigest(),
+    )
+
+
+class _Mistake(Exception):
+    """One sentence on what is wrong, without the file's name."""
+
+
+def _sentence(error: msgspec.ValidationError, data: Any) -> str:
+    """msgspec's words with the place as a reader of the file finds it, and the value."""
+    reason, _, path = str(error).partition(" - at `$")
+    where, value = [], data
+    for key, index in _STEP.findall(path.rstrip("`")):
+        try:
+            value = value[key] if key else value[int(index)]
+        except (KeyError, IndexError, TypeError):
+            break
+        if key:
+            where.append(key)
+        else:
+            name = value.get("name") if isinstance(value, dict) else None
+            where[-1] += f" {int(index) + 1}" + (f" ({name!r})" if isinstance(name, str) else "")
+    reason = reason.replace("`", "").replace("Object contains", "there is an").replace("Object missing", "lacks the")
+    place = f"{', '.join(where)}: " if where else ""
+    shown = "" if isinstance(value, dict | list) else f", {str(value)[:40]!r}"
+    return f"{place}{reason}{shown}; see tariffs/example.toml"
+
+
+def _checked(file: _File) -> tuple[Period, ...]:
+    _name("name", file.name)
+    if not _CURRENCY.match(file.currency):
+        raise _Mistake(f"currency {file.currency!r} is none; write three capital letters, like USD")
+    if not 0 <= file.digits <= 6:
+        raise _Mistake(f"digits {file.digits} is out of range; it takes 0 to 6")
+    try:
+        ZoneInfo(file.timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise _Mistake(f"timezone {file.timezone[:40]!r} is not known; write it like UTC or Europe/Zurich") from None
+    if not file.periods:
+        raise _Mistake("there is no period; write [[period]] with valid_from and items")
+    for before, after in pairwise(file.periods):
+        if after.valid_from <= before.valid_from:
+            raise _Mistake(f"valid_from {after.valid_from} comes after {before.valid_from}; put periods in their order")
+    periods = tuple(_period(f"period {n} ({p.valid_from})", p, file.digits) for n, p in enumerate(file.periods, 1))
+    meters: dict[str, str] = {}
+    for item in (item for period in periods for item in period.items):
+        if meters.setdefault(item.name, item.meter) != item.meter:
+            raise _Mistake(
+                f"item {item.name!r} has meter {item.meter!r} and in an earlier period {meters[item.name]!r}; "
+                "give it another name"
+            )
+    return periods
+
+
+def _period(where: str, period: Period, digits: int) -> Period:
+    if not period.items:
+        raise _Mistake(f"{where} has no item; write [[period.item]]")
+    names = [item.name for item in period.items]
+    for name in names:
+        _name(f"{where}: the name of an item", name)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise _Mistake(f"{where} has two items {twice!r}; give one another name")
+    for discount in period.discounts:
+        _check_discount(f"{where}, discount", discount, names)
+    items = tuple(_item(f"{where}, item {item.name!r}", item, digits) for item in period.items)
+    return msgspec.structs.replace(period, items=items)
+
+
+def _item(where: str, item: Item, digits: int) -> Item:
+    meter = METERS.get(item.meter)
+    if meter is None:
+        raise _Mistake(f"{where}: meter {item.meter!r} is none; it is one of {', '.join(METERS)}")
+    if item.unit not in meter.units:
+        known = ", ".join(meter.units)
+        raise _Mistake(f"{where}: unit {item.unit!r} does not fit meter {item.meter}; it is one of {known}")
+    for key, value in (("classes", item.classes), ("direction", item.direction)):
+        if value and not meter.network:
+            raise _Mistake(f"{where}: {key} {value!r} is for network meters, not {item.meter}; leave it out")
+    if twice := next((name for name in item.classes if item.classes.count(name) > 1), None):
+        raise _Mistake(f"{where}: class {twice!r} is there twice; leave one out")
+    _money(f"{where}: minimum", item.minimum, digits)
+    if (item.price is None) == (not item.tiers):
+        raise _Mistake(f"{where}: give either a price or tiers")
+    if item.price is not None:
+        _money(f"{where}: price", item.price)
+        return msgspec.structs.replace(item, tiers=(Tier(item.price),))
+    _check_tiers(where, item.tiers)
+    return item
+
+
+def _check_tiers(where: str, tiers: tuple[Tier, ...]) -> None:
+    last = Decimal(0)
+    for tier in tiers[:-1]:
+        if tier.up_to is None:
+            raise _Mistake(f"{where}: a tier without up_to is not the last; give it one")
+        _money(f"{where}: up_to", tier.up_to)
+        if tier.up_to <= last:
+            raise _Mistake(f"{where}: up_to {tier.up_to} comes after {last}; tiers must rise")
+        last = tier.up_to
+    if tiers[-1].up_to is not None:
+        raise _Mistake(f"{where}: the last tier ends at {tiers[-1].up_to}; leave its up_to out")
+    for tier in tiers:
+        _money(f"{where}: price", tier.price)
+
+
+def _check_discount(where: str, discount: Discount, names: Iterable[str]) -> None:
+    _money(f"{where}: percent", discount.percent)
+    if discount.percent > 100:
+        raise _Mistake(f"{where}: percent {discount.percent} is out of range; it takes 0 to 100")
+    if (discount.account is None) == (discount.owner is None):
+        raise _Mistake(f"{where}: give either an account or an owner")
+    if unknown := next((name for name in discount.items if name not in names), None):
+        raise _Mistake(f"{where}: there is no item {unknown!r} in this period; it has {', '.join(names)}")
+
+
+def _money(where: str, value: Decimal, places: int = _PLACES) -> None:
+    """An ordinary number: finite, not negative, and short enough to be reckoned with exactly."""
+    if not value.is_finite() or value < 0 or value.adjusted() >= _PLACES:
+        raise _Mistake(f"{where} {str(value)[:40]} is out of range; it takes 0 to 10^{_PLACES}")
+    exponent = value.as_tuple().exponent
+    if isinstance(exponent, int) and exponent < -places:
+        raise _Mistake(f"{where} {str(value)[:40]} has too many decimals; it takes {places}")
+
+
+def _name(where: str, value: str) -> None:
+    if not value.strip() or not value.isprintable() or len(value) > _NAME_MAX:
+        raise _Mistake(f"{where} {value[:40]!r} is not usable; it takes 1 to {_NAME_MAX} printable characters")
