@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,18 +112,8 @@ def prepare() -> Kernel:
         return _unpacked() or _fetch()
 
 
-def run(
-    layout: str,
-    command: Sequence[str],
-    results: Path,
-    *,
-    disk_mib: int = 64,
-    timeout: float = 300,
-    started: Callable[[subprocess.Popen[str]], None] = lambda _: None,
-) -> int:
+def run(layout: str, command: Sequence[str], results: Path, *, disk_mib: int = 64, timeout: float = 300) -> int:
     """Boot a guest, run a command as root in the repository's directory, power off; returns the command's status.
-
-    `started` is given the machine's process, for whoever may have to end it early.
 
     `results` is shared with the guest, as RESULTS: its `output` holds what the command printed, its `console` what the
     kernel did. An empty disk is at /dev/vda.
@@ -153,19 +143,15 @@ def run(
         "-virtfs", f"local,path={results},mount_tag=results,security_model=none",
         "-drive", f"file={disk},format=raw,if=virtio,cache=unsafe",
     ]  # fmt: skip
-    pipe = subprocess.PIPE
-    with subprocess.Popen(qemu, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True) as machine:
-        started(machine)
-        try:
-            _, said = machine.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise GuestError(f"the guest did not end within {timeout:.0f} s\n{_tail(results)}") from None
-        finally:
-            machine.kill()
-            disk.unlink()
+    try:
+        done = subprocess.run(qemu, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise GuestError(f"the guest did not end within {timeout:.0f} s\n{_tail(results)}") from None
+    finally:
+        disk.unlink()
     status = results / "status"
-    if machine.returncode or not status.exists():
-        raise GuestError(f"the guest broke off (qemu: {machine.returncode} {said.strip()})\n{_tail(results)}")
+    if done.returncode or not status.exists():
+        raise GuestError(f"the guest broke off (qemu: {done.returncode} {done.stderr.strip()})\n{_tail(results)}")
     return int(status.read_text())
 
 

@@ -25,7 +25,7 @@ LANES: dict[str, tuple[str, ...]] = {
     "divided": ("inside_any.py", "inside_nfs.py"),
     "numa": ("inside_cpus.py",),
 }
-"""The longest first: as many guests as there are CPUs run at a time."""
+"""The longest first: several run at a time."""
 
 BACKENDS = {"v2": "nftables", "joined": "iptables"}
 """Which back end inside_nat.py takes where: one emulated run of either is enough."""

@@ -1,0 +1,118 @@
+"""All lanes, several at a time: `python -m tests`, which is what `make test` runs.
+
+Most of a lane is waiting, and much of it for one process at a time, so a second CPU stands idle. A lane is a pytest of
+its own, as if it were alone, and as many run as there are CPUs; that they do not disturb one another is what each of
+them promises anyway. What the first running one says is shown as it comes, what the others say when it is their turn.
+What failed is said again at the end. Exits with 0 if every lane did.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+HERE = Path(__file__).parent
+FIRST = ("kernel", "vm", "faults")
+"""The longest, the longest first; the order of the others does not matter."""
+
+
+@dataclass
+class Lane:
+    """One directory of tests, and how its pytest is doing."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: BinaryIO
+    began: float
+    seconds: float = 0.0
+
+    @property
+    def running(self) -> bool:
+        if self.process.returncode is None and self.process.poll() is not None:
+            self.seconds = time.monotonic() - self.began
+        return self.process.returncode is None
+
+
+def names() -> list[str]:
+    """Every directory here with tests in it."""
+    found = {path.parent.name for path in HERE.glob("*/test_*.py")}
+    return [*FIRST, *sorted(found - set(FIRST))]
+
+
+def start(name: str, cpus: int) -> Lane:
+    log = tempfile.TemporaryFile()
+    colour = ["--color=yes"] if sys.stdout.isatty() else []
+    process = subprocess.Popen(
+        # Ended in peace if we are not: prctl(2), PR_SET_PDEATHSIG. Unbuffered, to be seen as it comes.
+        ["setpriv", "--pdeathsig", "TERM", sys.executable, "-u", "-m", "pytest", *colour, f"tests/{name}"],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        cwd=HERE.parent,
+        # A guest keeps a CPU busy; the other lanes are to have one.
+        env={**os.environ, "ACCTD_VM_GUESTS": str(max(1, cpus // 2))},
+    )
+    return Lane(name, process, log, time.monotonic())
+
+
+def said(lane: Lane, since: int) -> bytes:
+    return os.pread(lane.log.fileno(), 1 << 24, since)
+
+
+def failures(lane: Lane) -> Iterator[str]:
+    """The lines of pytest's summary that name what did not pass."""
+    for line in said(lane, 0).decode(errors="replace").splitlines():
+        if line.startswith(("FAILED ", "ERROR ", "\x1b[31mFAILED", "\x1b[31mERROR")):
+            yield line
+
+
+def main() -> int:
+    lanes: list[Lane] = []
+    try:
+        run(lanes)
+    except KeyboardInterrupt:  # which the lanes have got, too
+        print("\ninterrupted; waiting for the lanes to clear up")
+        for lane in lanes:
+            lane.process.wait()
+    bad = [lane for lane in lanes if lane.process.returncode]
+    for lane in bad:
+        for line in failures(lane):
+            print(line)
+    print("\nlane        seconds  pytest's exit status")
+    for lane in lanes:
+        print(f"{lane.name:<12}{lane.seconds:7.0f}  {lane.process.returncode}")
+    return 1 if bad else 0
+
+
+def run(lanes: list[Lane]) -> None:
+    """Run all of them to their end; `lanes` has those that were begun."""
+    cpus = os.cpu_count() or 1
+    waiting = deque(names())
+    shown, at = 0, 0  # the lane that is shown, and how much of it has been
+    while waiting or shown < len(lanes):
+        busy = sum([lane.running for lane in lanes])
+        while waiting and busy < cpus:
+            lanes.append(start(waiting.popleft(), cpus))
+            busy += 1
+        lane = lanes[shown]
+        running = lane.running
+        if text := said(lane, at):
+            if not at:
+                print(f"\n######## tests/{lane.name}", flush=True)
+            sys.stdout.buffer.write(text)
+            sys.stdout.buffer.flush()
+            at += len(text)
+        elif not running:
+            shown, at = shown + 1, 0
+        else:
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
