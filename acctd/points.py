@@ -80,9 +80,12 @@ def point(at: int, totals: Mapping[Key, int], limit: int | None, stacked: Collec
         get((CPU_USER, ""), 0),
         get((CPU_SYSTEM, ""), 0),
         get((CPU_THROTTLED, ""), 0),
-        *block.values(),
-        pids=get((PIDS, ""), 0),
-        network=network,
+        block[BLOCK_READ_BYTES],
+        block[BLOCK_WRITE_BYTES],
+        block[BLOCK_READS],
+        block[BLOCK_WRITES],
+        get((PIDS, ""), 0),
+        network,
     )
 
 
