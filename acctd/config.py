@@ -45,10 +45,12 @@ from acctd.tables import (
     NetworkTable,
     OomTable,
     Others,
+    SamplesTable,
 )
 
 DEFAULT_FILE = "/etc/acctd/acctd.toml"
 ENVIRONMENT = "ACCTD_CONFIG"
+SAMPLES_MIN = 4 * 2**20
 SUN_PATH = 107
 """The longest path of a unix socket, in bytes: sun_path less its NUL, unix(7)."""
 
@@ -121,6 +123,15 @@ class IsolationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplesConfig:
+    """What is kept of how jobs went; history.py."""
+
+    max: int  # bytes on disk; 0: nothing is kept
+    full: float  # s of age up to which every sample is kept
+    minutes: float  # s of age up to which the first of each minute is; then the first of each hour
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole configuration, checked."""
 
@@ -135,7 +146,9 @@ class Config:
     access: AccessConfig
     oom: OomConfig
     isolation: IsolationConfig
+    samples: SamplesConfig
     export: ExportConfig
+    tariff: Path  # by which acctd bill prices; whether it is there is found out by that
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Config:
@@ -198,7 +211,9 @@ def parse(text: str, file: str | None) -> tuple[Config | None, list[str]]:
         access=reader.access(table.access),
         oom=reader.oom(table.oom),
         isolation=reader.isolation(table.isolation),
+        samples=reader.samples(table.samples),
         export=reader.export(table),
+        tariff=reader.directory("bill.tariff", table.bill.tariff),
     )
     return (None if reader.mistakes else config), reader.mistakes
 
@@ -350,6 +365,17 @@ class _Reader:
             scratch_dir=self.directory("isolation.scratch_dir", table.scratch_dir),
             chroots=chroots,
         )
+
+    def samples(self, table: SamplesTable) -> SamplesConfig:
+        """A bound that a file can keep, or none at all; ages that rise."""
+        most = self._size("samples.max", table.max)
+        if most is not None and 0 < most < SAMPLES_MIN:
+            self.mistakes.append(f"samples.max {table.max!r} is too small; it takes 4M at least, or 0 to keep none")
+        if table.minutes < table.full:
+            self.mistakes.append(
+                f"samples.minutes {table.minutes:g} is below samples.full {table.full:g}; minutes come after all samples"
+            )
+        return SamplesConfig(max=most or 0, full=table.full, minutes=table.minutes)
 
     def export(self, table: FileTable) -> ExportConfig:
         """What leaves the node: every sink by itself, then that no two have one name."""

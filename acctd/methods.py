@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from acctd import accounts, enclosure, family, views, wishes
+from acctd import accounts, enclosure, family, pages, views, wishes
 from acctd.caller import Caller
 from acctd.config import AccessConfig, with_default_classes
 from acctd.daemon import Daemon
@@ -100,6 +100,10 @@ class _Events(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limit: int | None = None
 
 
+class _After(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    after: int = 0
+
+
 class _Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
@@ -134,6 +138,8 @@ class Methods:
             "Finish": (_Finish, self._finish),
             "Snapshot": (_Nothing, self._snapshot),
             "Events": (_Events, self._events),
+            "Records": (_After, self._records),
+            "Interim": (_After, self._interim),
             "Cost": (_Nothing, self._cost),
             "Reload": (_Nothing, self._reload_call),
             "Quit": (_Nothing, self._quit),
@@ -264,7 +270,7 @@ class Methods:
         if not caller.owns(job) and not self._reads_all(caller):
             caller.must_own(job)
         self._daemon.read(job)
-        record = views.interim(self._daemon.agent, self._daemon.jobs, job)
+        record = views.interim(self._daemon.jobs, job)
         return {"job": views.whole(self._daemon.jobs, job), "classad": format_ad(record_ad(record))}
 
     async def _list(self, caller: Caller, _: _Nothing) -> Answer:
@@ -304,6 +310,12 @@ class Methods:
     def may_see(self, caller: Caller, event: Event) -> bool:
         """Whether an event is about a job of the caller's; root, and who may read all, sees those of the agent, too."""
         return caller.uid == event.uid or self._reads_all(caller)
+
+    async def _records(self, caller: Caller, wanted: _After) -> Answer:
+        return await pages.records(self._daemon, caller, wanted.after, every=self._reads_all(caller))
+
+    async def _interim(self, caller: Caller, wanted: _After) -> Answer:
+        return await pages.interim(self._daemon, caller, wanted.after, every=self._reads_all(caller))
 
     async def _snapshot(self, caller: Caller, _: _Nothing) -> Answer:
         self._must_rule(caller, "have all jobs read")

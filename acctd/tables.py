@@ -101,6 +101,14 @@ class AccessTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jobs_per_user: Annotated[int, Meta(ge=1, le=100_000, description="a whole number, 1 to 100000")] = 100
 
 
+class SamplesTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[samples] as written: what is kept of how a job went, for plots."""
+
+    max: _Size = "1G"
+    full: Annotated[float, Meta(ge=0, le=10**9, description="a number of seconds")] = 3600.0
+    minutes: Annotated[float, Meta(ge=0, le=10**9, description="a number of seconds")] = 86400.0
+
+
 class InfluxTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """[influxdb.NAME] as written: one database that the series go to."""
 
@@ -151,6 +159,12 @@ class ExportTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group: _Text | None = None
 
 
+class BillTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """[bill] as written."""
+
+    tariff: _Text = "/etc/acctd/tariff.toml"
+
+
 class FileTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file's top level as written."""
 
@@ -164,7 +178,9 @@ class FileTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     access: AccessTable = msgspec.field(default_factory=AccessTable)
     oom: OomTable = msgspec.field(default_factory=OomTable)
     isolation: IsolationTable = msgspec.field(default_factory=IsolationTable)
+    samples: SamplesTable = msgspec.field(default_factory=SamplesTable)
     export: ExportTable = msgspec.field(default_factory=ExportTable)
     influxdb: dict[str, InfluxTable] = msgspec.field(default_factory=dict)
     json: dict[str, JsonTable] = msgspec.field(default_factory=dict)
     prometheus: PrometheusTable | None = None
+    bill: BillTable = msgspec.field(default_factory=BillTable)

@@ -72,6 +72,9 @@ type Job (
 # Numbers only grow. `job` is null where the agent itself is meant.
 type Event (number: int, time: float, job: ?string, uid: ?int, event: string, text: string)
 
+# A record as it was signed, and its number and digest in the ledger.
+type Signed (number: int, digest: string, body: object)
+
 # Make a job's cgroups and pipe. `user` is a name or a number, the caller if absent. With a parent: a family inside that
 # job, whose network is then "parent" unless it asks for another. The job is given up when the watcher's process ends,
 # and read at least every `interval` seconds. `requests` are limits in a batch system's own words, by system
@@ -135,6 +138,12 @@ method Snapshot() -> (seconds: float)
 # What happened, oldest first, from the ledger: the first `limit` events (1000) after a number, or the newest ones; of
 # one job where it is named.
 method Events(since: ?int, job: ?string, limit: ?int) -> (events: []Event)
+
+# What bills are made from, some at a time, of own jobs; of all for root and who may read all, which `all` says: signed
+# records after a number (0), oldest first, and the open jobs after a number (0) as records that are not final, read now.
+# `last` is what to go on with while there is more.
+method Records(after: ?int) -> (records: []Signed, last: int, more: bool, all: bool)
+method Interim(after: ?int) -> (records: []object, last: int, more: bool, all: bool)
 
 # With `more`: one reply an event, from now on.
 method Watch() -> (event: Event)

@@ -1,0 +1,291 @@
+"""Records in files: lines of JSON as a sink writes them and `acctd ledger archive` does, and bare records.
+
+Read as a stream, in pieces of a bounded size, so that it does not matter how much there is. A line that is no record
+and should be one is told with its file and number; only at the very end of a file that has no newline there it is
+somebody's who is still writing. Events and samples are skipped. Whether a record was seen before is not known here.
+"""
+
+import gzip
+import io
+import os
+import stat
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import msgspec
+from msgspec import Meta
+
+from acctd.errors import ExhaustedError, NotFoundError, NotPermittedError, UsageError
+from acctd.sources.looked import Looked, digest
+from acctd.usage import Usage
+
+BATCH = 2048
+"""Records handed on at a time."""
+
+PIECE = 64 * 2**20
+"""Bytes of a plain file that one reader takes; a packed one cannot be parted."""
+
+LINE_MOST = 16 * 2**20
+"""Bytes of a line, or of a file that holds one record over many lines."""
+
+_OFFSET = 44  # bits of a place; a file has 16 TiB at most
+_GZIP = b"\x1f\x8b"
+_YEAR_9999 = 253402300799.0
+
+_Count = Annotated[int, Meta(ge=0)]
+WRONG: tuple[type[Exception], ...] = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What is no record raises one of these."""
+
+
+class _Body(Usage, frozen=True, kw_only=True):
+    """A Usage of which no number is out of the world, which a signed one never is."""
+
+    started: Annotated[float, Meta(ge=0, le=_YEAR_9999)]
+    wall_ns: _Count
+    totals: dict[str, dict[str, _Count]]
+
+
+class _Line(msgspec.Struct):
+    """frames.RecordFrame, or another kind; of a bare record neither key is there."""
+
+    kind: str | None = None
+    body: msgspec.Raw = msgspec.Raw()
+
+
+_line = msgspec.json.Decoder(_Line)
+_body = msgspec.json.Decoder(_Body)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file as it was found."""
+
+    number: int
+    path: Path
+    size: int  # bytes; what is written later is of another bill
+    identity: tuple[int, int]
+    packed: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """Some records, where each stands (see place()), and their digests."""
+
+    usages: list[Usage]
+    places: list[int]
+    digests: list[bytes]
+    size: int = 0  # bytes read for them
+
+
+def find(directories: Iterable[Path]) -> list[File]:
+    """Every ordinary file below; a name that begins with a dot is nobody's business. Raises NotFoundError."""
+    found: dict[tuple[int, int], File] = {}
+    for top in directories:
+        for path in _walk(top):
+            try:
+                with _opened(path) as stream:
+                    about = os.fstat(stream.fileno())
+                    head = stream.read(2)
+            except FileNotFoundError:
+                raise _moved(path) from None
+            identity = about.st_dev, about.st_ino
+            if identity not in found and about.st_size:
+                found[identity] = File(len(found), path, about.st_size, identity, head == _GZIP)
+    return list(found.values())
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    try:
+        mode = os.stat(top).st_mode
+    except OSError as e:
+        raise NotFoundError(f"{top}: {e.strerror}; name a directory of records") from None
+    if not stat.S_ISDIR(mode):
+        yield top
+        return
+
+    def refuse(error: OSError) -> None:
+        raise NotPermittedError(f"{error.filename}: {error.strerror}; see its owner and mode") from error
+
+    for place, directories, names in os.walk(top, onerror=refuse):
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(place, name)
+            if not name.startswith(".") and stat.S_ISREG(os.lstat(path).st_mode):
+                yield path
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a file: the lines that begin in [start, end)."""
+
+    file: File
+    start: int
+    end: int
+
+    def batches(self, looked: Looked) -> Iterator[Batch]:
+        """The records in it; what is wrong with lines is said to `looked`."""
+        batch, before = Batch([], [], []), 0
+        for offset, usage, body in self._records(looked):
+            batch.usages.append(usage)
+            batch.places.append(place(self.file, offset))
+            batch.digests.append(body)
+            if len(batch.usages) == BATCH:
+                batch.size, before = offset - before, offset
+                yield batch
+                batch = Batch([], [], [])
+        batch.size = max(0, (self.file.size if self.file.packed else self.end - self.start) - before)
+        yield batch
+
+    def _records(self, looked: Looked) -> Iterator[tuple[int, Usage, bytes]]:
+        for offset, line in self._lines(looked):
+            try:
+                found = decoded(line)
+            except WRONG as e:
+                if offset == 0 and (whole := self._whole()) is not None:
+                    yield 0, *whole
+                    return
+                if not line.endswith(b"\n") and not self.file.packed:
+                    looked.unfinished.append(str(self.file.path))
+                else:
+                    looked.complain(f"{where(self.file, offset)} is no record ({e})")
+                continue
+            if found is not None:
+                yield offset, *found
+
+    def _lines(self, looked: Looked) -> Iterator[tuple[int, bytes]]:
+        """Offset and line, of those that hold anything."""
+        file = self.file
+        try:
+            with _content(file) as stream:
+                at = self.start
+                if at:
+                    stream.seek(at - 1)
+                    at += len(stream.readline()) - 1
+                while at < self.end or file.packed:
+                    line = stream.readline(LINE_MOST)
+                    if not line:
+                        return
+                    size = len(line)
+                    if size == LINE_MOST and not line.endswith(b"\n"):
+                        looked.complain(f"{where(file, at)} has more than {LINE_MOST} bytes in a line")
+                        while (rest := stream.readline(LINE_MOST)) and not rest.endswith(b"\n"):
+                            size += len(rest)
+                        size += len(rest)
+                    elif not line.isspace():
+                        yield at, line
+                    at += size
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+            looked.complain(f"{file.path} is packed and not whole ({e})")
+
+    def _whole(self) -> tuple[Usage, bytes] | None:
+        """Of a file that is one record over many lines, as `acctd run --json` writes it."""
+        with _content(self.file) as stream:
+            text = stream.read(LINE_MOST + 1)
+        try:
+            found = decoded(text) if len(text) <= LINE_MOST else None
+        except WRONG:
+            return None
+        return found
+
+
+def pieces(files: Iterable[File]) -> list[Piece]:
+    """What readers can take one by one, the largest first: so they end together."""
+    found = []
+    for file in files:
+        step = file.size if file.packed else PIECE
+        found += [Piece(file, start, min(start + step, file.size)) for start in range(0, file.size, step)]
+    return sorted(found, key=lambda piece: piece.start - piece.end)
+
+
+def decoded(line: bytes) -> tuple[Usage, bytes] | None:
+    """What is billed of a record, and its digest; None for a line of another kind. Raises msgspec.DecodeError."""
+    found = _line.decode(line)
+    if found.kind is None:
+        text = line.strip()
+        return usage_of(text), digest(text)
+    if found.kind != "record":
+        return None
+    return usage_of(found.body), digest(memoryview(found.body))
+
+
+def usage_of(body: bytes | msgspec.Raw) -> Usage:
+    """Of a record's JSON. Raises what WRONG has, also for numbers that no agent signs."""
+    return _body.decode(body)
+
+
+def place(file: File, offset: int) -> int:
+    """File and offset in one number."""
+    return file.number << _OFFSET | offset
+
+
+def at(files: list[File], number: int) -> tuple[File, int]:
+    """The reverse of place()."""
+    return files[number >> _OFFSET], number & (1 << _OFFSET) - 1
+
+
+def again(file: File, offset: int) -> Usage:
+    """A record that was read before."""
+    with _content(file) as stream:
+        stream.seek(offset)
+        line = stream.readline(LINE_MOST)
+        try:
+            found = decoded(line)
+        except WRONG:
+            stream.seek(0)
+            found = decoded(stream.read(LINE_MOST))
+    if found is None:
+        raise _moved(file.path)
+    return found[0]
+
+
+def where(file: File, offset: int) -> str:
+    """FILE:LINE, for a sentence."""
+    number, left = 1, offset
+    with _content(file) as stream:
+        while left > 0 and (text := stream.read(min(left, 2**20))):
+            number += text.count(b"\n")
+            left -= len(text)
+    return f"{file.path}:{number}"
+
+
+def _content(file: File) -> BinaryIO:
+    """Unpacked, as far as it was there when it was found. Raises ExhaustedError for another file in its place."""
+    try:
+        stream = _opened(file.path)
+    except FileNotFoundError:
+        raise _moved(file.path) from None
+    about = os.fstat(stream.fileno())
+    if (about.st_dev, about.st_ino) != file.identity or about.st_size < file.size:
+        stream.close()
+        raise _moved(file.path)
+    return io.BufferedReader(_Unpacked(stream), 2**18) if file.packed else stream
+
+
+class _Unpacked(gzip.GzipFile):
+    """That closes the file it reads."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        super().__init__(fileobj=stream, mode="rb")
+
+    def close(self) -> None:
+        super().close()
+        self._stream.close()
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb", buffering=2**18)
+    except FileNotFoundError:
+        raise
+    except PermissionError as e:
+        raise NotPermittedError(f"{path}: {e.strerror}; see its owner and mode") from e
+    except OSError as e:
+        raise UsageError(f"{path} cannot be read ({e.strerror}); name a directory of records") from e
+
+
+def _moved(path: Path) -> ExhaustedError:
+    return ExhaustedError(f"{path} was moved or cut while it was read; ask again when that is over")

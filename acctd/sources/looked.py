@@ -1,0 +1,84 @@
+"""What a bill rests on, so that its header can say it: where records came from, how many, and what they were.
+
+Pure data, and what is done to put the counts of several readers together. Reads nothing.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from acctd.usage import Usage
+
+Key = tuple[str, float, str]
+"""node, started, id: what makes two records one. The agent gives no two jobs of a node the same."""
+
+NAMED_MOST = 20
+"""Lines that could not be read and are named; the others are counted."""
+
+_DIGEST = 2**128
+
+
+def key(usage: Usage) -> Key:
+    """Of the job that a record is about."""
+    return usage.node, usage.started, usage.id
+
+
+def digest(body: bytes | memoryview) -> bytes:
+    """16 bytes of a record's SHA-256."""
+    return hashlib.sha256(body).digest()[:16]
+
+
+@dataclass(slots=True)
+class Looked:
+    """What was looked at. Each reader has its own; add() puts them together."""
+
+    records: int = 0  # counted; those inside others among them
+    repeated: int = 0  # delivered again, and not counted
+    sum: int = 0  # of the digests of those that count: the same in whatever order they come
+    nodes: set[str] = field(default_factory=set)
+    broken: int = 0  # lines that could not be read
+    told: list[str] = field(default_factory=list)  # the first of them, a sentence each
+    unfinished: list[str] = field(default_factory=list)  # files at whose end somebody writes
+    first: tuple[int, str] | None = None  # number and digest of the ledger's first record that was looked at
+    last: tuple[int, str] | None = None
+
+    def count(self, usage: Usage, body: bytes) -> None:
+        """One more record; `body` is its digest()."""
+        self.records += 1
+        self.sum = (self.sum + int.from_bytes(body)) % _DIGEST
+        self.nodes.add(usage.node)
+
+    def complain(self, sentence: str) -> None:
+        """A line that could not be read."""
+        self.broken += 1
+        if len(self.told) < NAMED_MOST:
+            self.told.append(sentence)
+
+    def add(self, other: "Looked") -> None:
+        """What another reader looked at."""
+        self.records += other.records
+        self.repeated += other.repeated
+        self.sum = (self.sum + other.sum) % _DIGEST
+        self.nodes |= other.nodes
+        self.broken += other.broken
+        self.told = sorted({*self.told, *other.told})[:NAMED_MOST]
+        self.unfinished = sorted({*self.unfinished, *other.unfinished})
+        self.first = _least(self.first, other.first)
+        self.last = _most(self.last, other.last)
+
+    @property
+    def digest(self) -> str:
+        """Of all records that count together, 32 hex digits; "" of none."""
+        return f"{self.sum:032x}" if self.records else ""
+
+
+def _least(*ends: tuple[int, str] | None) -> tuple[int, str] | None:
+    return min(_there(ends), default=None)
+
+
+def _most(*ends: tuple[int, str] | None) -> tuple[int, str] | None:
+    return max(_there(ends), default=None)
+
+
+def _there(ends: Iterable[tuple[int, str] | None]) -> list[tuple[int, str]]:
+    return [end for end in ends if end is not None]
