@@ -134,7 +134,7 @@ def parse(body: bytes, name: str) -> Tariff:
         raise ConfigError(f"{name}: {_sentence(e, data)}") from None
     try:
         periods = _checked(file)
-    except _Mistake as e:
+    except _MistakeError as e:
         raise ConfigError(f"{name}: {e}") from None
     return Tariff(
         name=file.name,
@@ -146,7 +146,7 @@ def parse(body: bytes, name: str) -> Tariff:
     )
 
 
-class _Mistake(Exception):
+class _MistakeError(Exception):
     """One sentence on what is wrong, without the file's name."""
 
 
@@ -173,23 +173,27 @@ def _sentence(error: msgspec.ValidationError, data: Any) -> str:
 def _checked(file: _File) -> tuple[Period, ...]:
     _name("name", file.name)
     if not _CURRENCY.match(file.currency):
-        raise _Mistake(f"currency {file.currency!r} is none; write three capital letters, like USD")
+        raise _MistakeError(f"currency {file.currency!r} is none; write three capital letters, like USD")
     if not 0 <= file.digits <= 6:
-        raise _Mistake(f"digits {file.digits} is out of range; it takes 0 to 6")
+        raise _MistakeError(f"digits {file.digits} is out of range; it takes 0 to 6")
     try:
         ZoneInfo(file.timezone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise _Mistake(f"timezone {file.timezone[:40]!r} is not known; write it like UTC or Europe/Zurich") from None
+        raise _MistakeError(
+            f"timezone {file.timezone[:40]!r} is not known; write it like UTC or Europe/Zurich"
+        ) from None
     if not file.periods:
-        raise _Mistake("there is no period; write [[period]] with valid_from and items")
+        raise _MistakeError("there is no period; write [[period]] with valid_from and items")
     for before, after in pairwise(file.periods):
         if after.valid_from <= before.valid_from:
-            raise _Mistake(f"valid_from {after.valid_from} comes after {before.valid_from}; put periods in their order")
+            raise _MistakeError(
+                f"valid_from {after.valid_from} comes after {before.valid_from}; put periods in their order"
+            )
     periods = tuple(_period(f"period {n} ({p.valid_from})", p, file.digits) for n, p in enumerate(file.periods, 1))
     meters: dict[str, str] = {}
     for item in (item for period in periods for item in period.items):
         if meters.setdefault(item.name, item.meter) != item.meter:
-            raise _Mistake(
+            raise _MistakeError(
                 f"item {item.name!r} has meter {item.meter!r} and in an earlier period {meters[item.name]!r}; "
                 "give it another name"
             )
@@ -198,12 +202,12 @@ def _checked(file: _File) -> tuple[Period, ...]:
 
 def _period(where: str, period: Period, digits: int) -> Period:
     if not period.items:
-        raise _Mistake(f"{where} has no item; write [[period.item]]")
+        raise _MistakeError(f"{where} has no item; write [[period.item]]")
     names = [item.name for item in period.items]
     for name in names:
         _name(f"{where}: the name of an item", name)
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise _Mistake(f"{where} has two items {twice!r}; give one another name")
+        raise _MistakeError(f"{where} has two items {twice!r}; give one another name")
     for discount in period.discounts:
         _check_discount(f"{where}, discount", discount, names)
     items = tuple(_item(f"{where}, item {item.name!r}", item, digits) for item in period.items)
@@ -213,18 +217,18 @@ def _period(where: str, period: Period, digits: int) -> Period:
 def _item(where: str, item: Item, digits: int) -> Item:
     meter = METERS.get(item.meter)
     if meter is None:
-        raise _Mistake(f"{where}: meter {item.meter!r} is none; it is one of {', '.join(METERS)}")
+        raise _MistakeError(f"{where}: meter {item.meter!r} is none; it is one of {', '.join(METERS)}")
     if item.unit not in meter.units:
         known = ", ".join(meter.units)
-        raise _Mistake(f"{where}: unit {item.unit!r} does not fit meter {item.meter}; it is one of {known}")
+        raise _MistakeError(f"{where}: unit {item.unit!r} does not fit meter {item.meter}; it is one of {known}")
     for key, value in (("classes", item.classes), ("direction", item.direction)):
         if value and not meter.network:
-            raise _Mistake(f"{where}: {key} {value!r} is for network meters, not {item.meter}; leave it out")
+            raise _MistakeError(f"{where}: {key} {value!r} is for network meters, not {item.meter}; leave it out")
     if twice := next((name for name in item.classes if item.classes.count(name) > 1), None):
-        raise _Mistake(f"{where}: class {twice!r} is there twice; leave one out")
+        raise _MistakeError(f"{where}: class {twice!r} is there twice; leave one out")
     _money(f"{where}: minimum", item.minimum, digits)
     if (item.price is None) == (not item.tiers):
-        raise _Mistake(f"{where}: give either a price or tiers")
+        raise _MistakeError(f"{where}: give either a price or tiers")
     if item.price is not None:
         _money(f"{where}: price", item.price)
         return msgspec.structs.replace(item, tiers=(Tier(item.price),))
@@ -236,13 +240,13 @@ def _check_tiers(where: str, tiers: tuple[Tier, ...]) -> None:
     last = Decimal(0)
     for tier in tiers[:-1]:
         if tier.up_to is None:
-            raise _Mistake(f"{where}: a tier without up_to is not the last; give it one")
+            raise _MistakeError(f"{where}: a tier without up_to is not the last; give it one")
         _money(f"{where}: up_to", tier.up_to)
         if tier.up_to <= last:
-            raise _Mistake(f"{where}: up_to {tier.up_to} comes after {last}; tiers must rise")
+            raise _MistakeError(f"{where}: up_to {tier.up_to} comes after {last}; tiers must rise")
         last = tier.up_to
     if tiers[-1].up_to is not None:
-        raise _Mistake(f"{where}: the last tier ends at {tiers[-1].up_to}; leave its up_to out")
+        raise _MistakeError(f"{where}: the last tier ends at {tiers[-1].up_to}; leave its up_to out")
     for tier in tiers:
         _money(f"{where}: price", tier.price)
 
@@ -250,22 +254,22 @@ def _check_tiers(where: str, tiers: tuple[Tier, ...]) -> None:
 def _check_discount(where: str, discount: Discount, names: Iterable[str]) -> None:
     _money(f"{where}: percent", discount.percent)
     if discount.percent > 100:
-        raise _Mistake(f"{where}: percent {discount.percent} is out of range; it takes 0 to 100")
-    if (discount.account is None) == (discount.owner is None):
-        raise _Mistake(f"{where}: give either an account or an owner")
+        raise _MistakeError(f"{where}: percent {discount.percent} is out of range; it takes 0 to 100")
+    if bool(discount.account) == bool(discount.owner):
+        raise _MistakeError(f"{where}: give either an account or an owner")
     if unknown := next((name for name in discount.items if name not in names), None):
-        raise _Mistake(f"{where}: there is no item {unknown!r} in this period; it has {', '.join(names)}")
+        raise _MistakeError(f"{where}: there is no item {unknown!r} in this period; it has {', '.join(names)}")
 
 
 def _money(where: str, value: Decimal, places: int = _PLACES) -> None:
     """An ordinary number: finite, not negative, and short enough to be reckoned with exactly."""
     if not value.is_finite() or value < 0 or value.adjusted() >= _PLACES:
-        raise _Mistake(f"{where} {str(value)[:40]} is out of range; it takes 0 to 10^{_PLACES}")
+        raise _MistakeError(f"{where} {str(value)[:40]} is out of range; it takes 0 to 10^{_PLACES}")
     exponent = value.as_tuple().exponent
     if isinstance(exponent, int) and exponent < -places:
-        raise _Mistake(f"{where} {str(value)[:40]} has too many decimals; it takes {places}")
+        raise _MistakeError(f"{where} {str(value)[:40]} has too many decimals; it takes {places}")
 
 
 def _name(where: str, value: str) -> None:
     if not value.strip() or not value.isprintable() or len(value) > _NAME_MAX:
-        raise _Mistake(f"{where} {value[:40]!r} is not usable; it takes 1 to {_NAME_MAX} printable characters")
+        raise _MistakeError(f"{where} {value[:40]!r} is not usable; it takes 1 to {_NAME_MAX} printable characters")
