@@ -5,15 +5,13 @@ is shown to a user, and how a command is started, is not this room's business.
 """
 
 import os
-import socket
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from acctd import ledgers, mending, readers, scratch
+from acctd import family, ledgers, mending, readers, scratch, statement
 from acctd.cgroup import cpus
 from acctd.cgroup.change import change
 from acctd.cgroup.driver import arm_block_counters
@@ -23,7 +21,7 @@ from acctd.errors import AcctdError, InUseError, KernelRefusedError, NotPermitte
 from acctd.job import Ending, Job, boottime, hold, lingering
 from acctd.kernel import conntrack, filelock, private, procs, rtnetlink
 from acctd.ledger import FILE
-from acctd.meter import add
+from acctd.meter import State, add
 from acctd.model import JobSpec, Limits, Record
 from acctd.network import host, pipe, pool
 from acctd.network.backend import Chains, Pools
@@ -153,13 +151,13 @@ class Agent:
 
         Called on both sides of the start: whoever dies between them leaves a job that may have run, and is billed.
         """
-        job.row = replace(job.row, phase="running", boot_ns=boottime() if at is None else at)
+        job.begin(boottime() if at is None else at)
         self.ledger.begin(job.row.seq, job.row.boot_ns, job.row.terms)
         if at is not None:
             self.take(job, NfsReader)  # where the mounts stand that were there before it
 
     def set_limits(self, job: Job, limits: Limits, *, reclaim: bool) -> None:
-        """Change what a living job may use, in the kernel and in the ledger; or nothing.
+        """Change what a living job may use, in the kernel and in the ledger; or nothing. The job is read first.
 
         Raises as change() does, and LedgerError.
         """
@@ -168,15 +166,20 @@ class Agent:
             raise UsageError(
                 f"cpuset {limits.cpuset!r}: linear:N cannot be changed while the job is there; finish it first"
             )
+        self.take(job)
         change(job.cgroups, old, limits, reclaim=reclaim)
         row = replace(job.row, spec=replace(job.spec, limits=limits))
+        job.integrals.reserve(limits, row.place.cpus, job.clock(boottime()))
         try:
-            self.ledger.set_spec(row.seq, row.spec)
+            self.ledger.set_spec(row.seq, row.spec, job.account)
         except BaseException:
+            job.integrals.reserve(old, row.place.cpus, job.clock(boottime()))
             change(job.cgroups, limits, old, reclaim=True)
             raise
         job.row = row
-        job.cgroups.describe(encode_row(row))
+        # What it had reserved before is known by nothing else.
+        account = replace(row.account, integrals=job.integrals.sums())
+        job.cgroups.describe(encode_row(replace(row, account=account)))
 
     def fold(self, job: Job, parent: Job) -> None:
         """Move a family's processes into its parent. Raises KernelRefusedError where they fork faster than that.
@@ -230,6 +233,7 @@ class Agent:
 
     def take(self, job: Job, kind: type[object] = object) -> None:
         """Meter one job's counter files, or what one kind of reader reads. What cannot be read is noted."""
+        at = job.clock(boottime())
         for reader in job.readers:
             if not isinstance(reader, kind):
                 continue
@@ -239,12 +243,19 @@ class Agent:
                 job.note(f"a reading failed ({e}); what it would have shown may be missing")
                 continue
             for readings in changes:
-                job.unstored = True
-                job.meter.feed(readings)
+                job.feed(readings, at)
                 if isinstance(reader, BlkioReader | OwnBlkioReader):
                     job.find_stacked(readings)
-
+        if kind is object and job.row.phase == "running" and job.row.boot_id == self.boot_id:
+            job.integrals.show(job.meter.totals, at)
+            if at >= job.midnight:
+                job.keep_midnight(at, self._with_families(job))
         self.after_reading(job)
+
+    def _with_families(self, job: Job) -> State:
+        """A job's totals with those of the families inside it, as in its record: each as it was read last."""
+        inside = [other for other in family.below(self.held, job) if other not in self.leftovers]
+        return family.totals(job, inside)
 
     def read_one(self, job: Job) -> None:
         """Meter one job by itself, chain included."""
@@ -259,9 +270,11 @@ class Agent:
         """Put the accounts so far into the ledger, as far as they have changed."""
         changed = [job for job in jobs if job.unstored]
         if changed:
-            self.ledger.store([(job.row.seq, job.account) for job in changed], self.keeper, boottime())
+            midnights = [(job.row.seq, each) for job in changed for each in job.midnights[job.midnights_stored :]]
+            accounts = [(job.row.seq, job.account) for job in changed]
+            self.ledger.store(accounts, self.keeper, boottime(), midnights)
         for job in changed:
-            job.unstored = False
+            job.unstored, job.midnights_stored = False, len(job.midnights)
 
     def mend(self, jobs: Iterable[Job]) -> list[tuple[Job, str]]:
         """Mend the chains that other programs have damaged; the jobs, and what befell each. See mending.py."""
@@ -290,6 +303,7 @@ class Agent:
 
     def last_reading(self, job: Job, ending: Ending, patience: float = 10.0) -> Record:
         """End the job and read it for the last time; the record is not yet committed."""
+        job.until = ending.at
         self.take(job, NfsReader)  # holds the mount namespaces that its processes are in, to be read when they are gone
         if survivors := job.cgroups.kill(patience):
             job.note(f"SIGKILL did not end all of it, and what goes on is not counted: {lingering(survivors)}")
@@ -306,7 +320,7 @@ class Agent:
         Cgroups that stay busy for `patience` seconds are left to clear_up().
         """
         # A family that ended meanwhile may have told only now what it used.
-        record = replace(record, totals=add(job.meter.published(), job.families))
+        record = replace(record, totals=statement.totals(job))
         names = job.apart if job.row.parent is not None else ()
         inside = {name: record.totals[name] for name in names if name in record.totals}
         new = self.ledger.sign_off(job.row.seq, record, inside)
@@ -444,28 +458,6 @@ class Agent:
 
     def record(self, job: Job, ending: Ending) -> Record:
         """Its account as of the last reading."""
-        row = job.row
         # After a reboot the clock it began on is gone; what it had been up to then was stored.
-        end = (ending.at or boottime()) if row.boot_id == self.boot_id else row.seen_ns
-        return Record(
-            id=row.spec.id,
-            owner=row.spec.owner.name,
-            uid=row.spec.owner.uid,
-            node=socket.gethostname(),
-            state="lost" if ending.exit_code is None and ending.exit_signal is None else "done",
-            started=row.created,
-            ended=time.time(),
-            wall_ns=max(0, end - row.boot_ns),
-            exit_code=ending.exit_code,
-            exit_signal=ending.exit_signal,
-            network=row.spec.network,
-            limits=row.spec.limits,
-            tags=dict(row.spec.tags),
-            totals=add(job.meter.published(), job.families),
-            stacked=tuple(sorted(device for device, stacked in job.stacked.items() if stacked)),
-            notes=tuple(job.notes),
-            parent=row.spec.parent,
-            shortages=tuple(job.shortages),
-            shortages_dropped=job.shortages_dropped,
-            cpus=row.place.cpus,
-        )
+        end = (ending.at or boottime()) if job.row.boot_id == self.boot_id else job.row.seen_ns
+        return statement.record(job, ending, end)

@@ -88,7 +88,7 @@ class Chirps:
                 changed.clear()
                 if (proxy := job.row.terms.chirp) is None:
                     return
-                record = views.interim(self._agent, self._jobs, job)
+                record = views.interim(self._jobs, job)
                 async with self._few:
                     told = await self._tell(job, proxy, record, _PATIENCE)
                 pause = INTERVAL if told else min(max(2 * pause, INTERVAL), _LONGEST)

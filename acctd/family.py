@@ -13,7 +13,7 @@ from acctd.meter import State, add
 _JOB = re.compile(r"/job_([^/]+)")
 
 
-def below(jobs: Mapping[str, Job], job: Job) -> list[Job]:
+def below(jobs: Mapping[str, Job] | Mapping[int, Job], job: Job) -> list[Job]:
     """The families inside a job, at any depth, those first that have none inside themselves."""
     children: dict[int, list[Job]] = {}
     for other in jobs.values():

@@ -2,15 +2,17 @@
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network
 
 from acctd.cgroup.driver import JobCgroups
 from acctd.cgroup.layout import Layout
+from acctd.integrals import RESIDENT, Integrals
 from acctd.kernel import procs
 from acctd.meter import Meter, State
 from acctd.metrics import BLOCK, NETWORK_BYTES, NETWORK_PACKETS, NFS, Readings
-from acctd.model import JobSpec, chain_name
+from acctd.midnights import billed, following
+from acctd.model import JobSpec, Midnight, chain_name
 from acctd.network import pool
 from acctd.network.backend import ChainPlan, Chains, Counts, Pools, Sample
 from acctd.policies import Shortage
@@ -58,6 +60,7 @@ class Job:
     row: OpenJob
     cgroups: JobCgroups
     meter: Meter
+    integrals: Integrals
     lease: pool.Lease | None = None
     pools: Pools | None = None  # those of the lease
     plan: ChainPlan | None = None  # what its chain is made from; None without a pipe
@@ -69,6 +72,10 @@ class Job:
     shortages: list[Shortage] = field(default_factory=list)  # the first and the newest
     shortages_dropped: int = 0
     kills_told: int = 0  # see Account
+    midnights: list[Midnight] = field(default_factory=list)  # oldest first
+    midnights_stored: int = 0  # of these, how many the ledger has
+    midnight: int = 0  # CLOCK_BOOTTIME of the next one, ns
+    until: int | None = None  # CLOCK_BOOTTIME, ns: what is read later is of this time; None while it goes on
     stacked: dict[str, bool] = field(default_factory=dict)  # block device -> whether it lies on another one
     incarnation: str | None = None  # of its chain, as of the last reading; None before the first
     damage: str | None = None  # what another program did to its chain, until that is mended
@@ -84,7 +91,7 @@ class Job:
         """What the ledger is to know of it."""
         return Account(
             *(self.meter.stored(), self.incarnation, tuple(self.notes), self.stacked, self.families),
-            *(tuple(self.shortages), self.shortages_dropped, self.kills_told),
+            *(tuple(self.shortages), self.shortages_dropped, self.kills_told, self.integrals.sums()),
         )
 
     @property
@@ -105,6 +112,31 @@ class Job:
         if len(self.shortages) > SHORTAGES:
             del self.shortages[1]
             self.shortages_dropped += 1
+        self.unstored = True
+
+    def begin(self, at: int) -> None:
+        """It runs since then (CLOCK_BOOTTIME, ns)."""
+        self.row = replace(self.row, phase="running", boot_ns=at)
+        self.integrals.begin(at)
+        self.midnight = at + following(self.row.created, 0)
+
+    def feed(self, readings: Readings, at: int) -> None:
+        """Meter what was read at a time (CLOCK_BOOTTIME, ns)."""
+        self.unstored = True
+        if (resident := readings.get(RESIDENT)) is not None:
+            self.integrals.hold(resident, at)
+        self.meter.feed(readings)
+
+    def clock(self, now: int) -> int:
+        """A time (CLOCK_BOOTTIME, ns), or the job's end where it had ended before."""
+        end = self.until or self.row.terms.ended_ns
+        return now if end is None or now < end else end
+
+    def keep_midnight(self, at: int, totals: State) -> None:
+        """It was read on another day than before, for the first time."""
+        row = self.row
+        self.midnights.append(Midnight(at - row.boot_ns, billed(totals)))
+        self.midnight = row.boot_ns + following(row.created, at - row.boot_ns)
         self.unstored = True
 
     def take_sample(self, sample: Sample | None) -> None:
@@ -168,9 +200,11 @@ class Job:
 
 def hold(row: OpenJob, layout: Layout) -> Job:
     """What a row of the ledger stands for; nothing of it is opened yet."""
-    account = row.account
+    account, meter = row.account, Meter.restore(row.account.meter)
+    resident, last = meter.totals.get(RESIDENT), row.midnights[-1].ns if row.midnights else 0
     job = Job(
-        *(row, JobCgroups(layout, row.place.base, cgroup_name(row.spec.id)), Meter.restore(account.meter)),
+        *(row, JobCgroups(layout, row.place.base, cgroup_name(row.spec.id)), meter),
+        Integrals(row.boot_ns, row.spec.limits, row.place.cpus, account.integrals, resident),
         families=account.families,
         notes=list(account.notes),
         shortages=list(account.shortages),
@@ -178,6 +212,9 @@ def hold(row: OpenJob, layout: Layout) -> Job:
         kills_told=account.kills_told,
         stacked=dict(account.stacked),
         incarnation=account.incarnation,
+        midnights=list(row.midnights),
+        midnights_stored=len(row.midnights),
+        midnight=row.boot_ns + following(row.created, last),
     )
     if row.slot is not None:
         job.pools = pools(row.place)

@@ -6,32 +6,21 @@ processes may have it open.
 """
 
 import hashlib
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
 import msgspec
 
-from acctd.errors import (
-    AcctdError,
-    ConfigError,
-    ExhaustedError,
-    InUseError,
-    LedgerError,
-    NotFoundError,
-    NotPermittedError,
-    UsageError,
-)
+from acctd.errors import AcctdError, ExhaustedError, InUseError, LedgerError, NotFoundError, UsageError
 from acctd.meter import State, add
-from acctd.model import JobSpec, Record, chain_name
+from acctd.model import JobSpec, Midnight, Record, chain_name
 from acctd.rows import Account, Event, OpenJob, Place, Terms, decode_columns
+from acctd.sqlitefile import SqliteFile
 
-SCHEMA = 2
+SCHEMA = 3
 FILE = "ledger.sqlite"
 """The ledger's name in state_dir."""
 
@@ -61,11 +50,19 @@ CREATE TABLE record (
     seq INTEGER NOT NULL UNIQUE,   -- that of the job: one job, one record
     id TEXT NOT NULL,
     owner TEXT NOT NULL,
-    ended REAL NOT NULL,
+    ended REAL NOT NULL,           -- s since the epoch: started + wall, which a step of the clock does not touch
     body BLOB NOT NULL,            -- JSON of model.Record
     digest TEXT NOT NULL           -- SHA-256 of the previous digest and the body
 );
 CREATE INDEX record_id ON record (id);
+CREATE INDEX record_owner ON record (owner);
+CREATE INDEX record_ended ON record (ended);
+CREATE TABLE midnight (
+    seq INTEGER NOT NULL,          -- that of the open job
+    ns INTEGER NOT NULL,           -- since its start
+    totals BLOB NOT NULL,          -- JSON of model.Midnight.totals
+    PRIMARY KEY (seq, ns)
+) WITHOUT ROWID;
 CREATE TABLE event (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     time REAL NOT NULL,            -- s since the epoch, a label
@@ -78,82 +75,37 @@ CREATE INDEX event_job ON event (job);
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 
-
-_PATIENCE = 30.0
-"""s that one waits for what another process writes."""
-
-_CORRUPT = ("malformed", "not a database")
-
 _COLUMNS = "phase, slot, place, spec, created, boot_id, boot_ns, seen_ns, keeper, account, parent, terms"
 """What a row of the table job says of an OpenJob beside its seq, in the order of the fields."""
 
 
-class Ledger:
+_CHUNK = 500
+"""Records read at once by who reads many: about a MB."""
+
+_SLACK = 0.001
+"""s by which a time may be rounded that stands in a column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Which records there are: numbers and digests of the first and the last; 0 and "" where there is none."""
+
+    first: int
+    first_digest: str
+    last: int
+    last_digest: str
+    count: int
+
+
+class Ledger(SqliteFile):
     """The open file. Use as a context manager."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.closed = False
-        try:
-            with ExitStack() as undo:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
-                undo.callback(self.close)
-                os.chmod(path, 0o600)
-                found = os.stat(path)
-                self._file = found.st_dev, found.st_ino
-                self._use_wal()
-                self._migrate()
-                # NORMAL: a commit survives kill -9, and a power cut takes the jobs themselves along. Records use FULL.
-                self._db.execute("PRAGMA synchronous = NORMAL")
-                undo.pop_all()
-        except (sqlite3.Error, OSError) as e:
-            raise _trouble(path, e) from e
-
-    def _use_wal(self) -> None:
-        """SQLite does not wait for its lock here as it does elsewhere: two who make a new ledger meet at once."""
-        until = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                self._db.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as e:
-                if e.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
-                    raise
-            time.sleep(0.01)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the file back."""
-        self.closed = True
-        self._db.close()
+    kind, schema, tables = "ledger", SCHEMA, _TABLES
 
     def check(self) -> None:
         """Read the whole file. Raises LedgerError if it is corrupt."""
-        if (found := self._rows("PRAGMA quick_check(1)")) != [("ok",)]:
-            raise LedgerError(f"ledger {self.path} is corrupt ({found[0][0]})", corrupt=True)
+        super().check()
         self.open_jobs()
-
-    def is_there(self) -> bool:
-        """Whether the file that is open is still the one of its name, and not empty."""
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            return False
-        return (found.st_dev, found.st_ino) == self._file and found.st_size > 0
-
-    def copy_to(self, path: Path) -> None:
-        """Write all that this ledger has into a new file. Raises LedgerError."""
-        try:
-            with closing(sqlite3.connect(path)) as new:
-                self._db.backup(new)
-        except sqlite3.Error as e:
-            raise _trouble(path, e) from e
 
     def begin_numbers_anew(self) -> None:
         """Let a new ledger give numbers that the one before has not given: times grow faster than they are used."""
@@ -213,7 +165,15 @@ class Ledger:
             if "job.id" not in str(e) and "job.chain" not in str(e):
                 raise
             raise InUseError(f"job id {row.spec.id!r} is in use by a living job; choose another") from None
-        return cursor.lastrowid or 0
+        seq = cursor.lastrowid or 0
+        self._keep((seq, midnight) for midnight in row.midnights)
+        return seq
+
+    def _keep(self, midnights: Iterable[tuple[int, Midnight]]) -> None:
+        self._db.executemany(
+            "INSERT OR REPLACE INTO midnight VALUES (?, ?, ?)",
+            [(seq, midnight.ns, msgspec.json.encode(midnight.totals)) for seq, midnight in midnights],
+        )
 
     def next_id(self) -> str:
         """An id nobody has had: r and a number that is never given twice."""
@@ -243,13 +203,23 @@ class Ledger:
         with self._writing() as db:
             db.execute("UPDATE job SET phase = 'made' WHERE seq = ?", (seq,))
 
-    def store(self, accounts: Iterable[tuple[int, Account]], keeper: str, seen_ns: int) -> None:
-        """Put the accounts of some jobs (by seq) away as of `seen_ns` (CLOCK_BOOTTIME), as their keeper."""
+    def store(
+        self,
+        accounts: Iterable[tuple[int, Account]],
+        keeper: str,
+        seen_ns: int,
+        midnights: Iterable[tuple[int, Midnight]] = (),
+    ) -> None:
+        """Put accounts and new midnights of some jobs (by seq) away as of `seen_ns` (CLOCK_BOOTTIME), as their keeper.
+
+        Midnights stand apart, so that an account that is written at each reading stays small.
+        """
         with self._writing() as db:
             db.executemany(
                 "UPDATE job SET account = ?, keeper = ?, seen_ns = ? WHERE seq = ?",
                 [(msgspec.json.encode(account), keeper, seen_ns, seq) for seq, account in accounts],
             )
+            self._keep(midnights)
 
     def seen(self, keeper: str, boot_ns: int) -> None:
         """A keeper has read all its jobs (CLOCK_BOOTTIME): those that used nothing are not stored anew each time."""
@@ -261,10 +231,13 @@ class Ledger:
         with self._writing() as db:
             db.execute("UPDATE job SET terms = ? WHERE seq = ?", (msgspec.json.encode(terms), seq))
 
-    def set_spec(self, seq: int, spec: JobSpec) -> None:
-        """What else a job may use from now on."""
+    def set_spec(self, seq: int, spec: JobSpec, account: Account) -> None:
+        """What else a job may use from now on, and its account up to now: both, or neither."""
         with self._writing() as db:
-            db.execute("UPDATE job SET spec = ? WHERE seq = ?", (msgspec.json.encode(spec, enc_hook=str), seq))
+            db.execute(
+                "UPDATE job SET spec = ?, account = ? WHERE seq = ?",
+                (msgspec.json.encode(spec, enc_hook=str), msgspec.json.encode(account), seq),
+            )
 
     def claim(self, job: OpenJob, keeper: str) -> OpenJob | None:
         """Take over a job whose keeper is dead: its row as it is now, or None if somebody else was first."""
@@ -284,10 +257,11 @@ class Ledger:
         with self._synchronous("FULL"), self._writing() as db:
             if self._row("SELECT 1 FROM record WHERE seq = ?", seq) is not None:
                 return False
-            last = db.execute("SELECT digest FROM record ORDER BY number DESC LIMIT 1").fetchone()
+            number, digest = self._last()
+            ended = record.started + record.wall_ns / 1e9
             db.execute(
-                "INSERT INTO record (seq, id, owner, ended, body, digest) VALUES (?, ?, ?, ?, ?, ?)",
-                (seq, record.id, record.owner, record.ended, body, _digest(last[0] if last else "", body)),
+                "INSERT INTO record (number, seq, id, owner, ended, body, digest) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (number + 1, seq, record.id, record.owner, ended, body, _digest(digest, body)),
             )
             db.execute("UPDATE job SET phase = 'closed' WHERE seq = ?", (seq,))
             if inside:
@@ -327,6 +301,7 @@ class Ledger:
         """Everything of the job is gone from the kernel: give its id and its lease back."""
         with self._writing() as db:
             db.execute("DELETE FROM job WHERE seq = ?", (seq,))
+            db.execute("DELETE FROM midnight WHERE seq = ?", (seq,))
 
     def open_jobs(self) -> list[OpenJob]:
         return self._open_jobs("ORDER BY seq")
@@ -335,7 +310,10 @@ class Ledger:
         rows = self._rows(f"SELECT seq, {_COLUMNS} FROM job {clause}", *values)  # noqa: S608  # our own words
         seen = self._row("SELECT value FROM meta WHERE key = 'seen'")
         keeper, _, at = seen[0].partition(" ") if seen else ("", "", "0")
-        jobs = [_open_job(self.path, row) for row in rows]
+        midnights: dict[int, list[tuple[int, bytes]]] = {}
+        for seq, ns, totals in self._rows("SELECT seq, ns, totals FROM midnight ORDER BY seq, ns"):
+            midnights.setdefault(seq, []).append((ns, totals))
+        jobs = [_open_job(self.path, row, midnights.get(row[0], [])) for row in rows]
         return [replace(job, seen_ns=max(job.seen_ns, int(at))) if job.keeper == keeper else job for job in jobs]
 
     def leases_beside(self, job: OpenJob) -> list[Place]:
@@ -366,7 +344,7 @@ class Ledger:
             raise NotFoundError(f"no record of job {job!r}; `acctd ls` lists what there is")
         number, body, digest = row
         before = self._row("SELECT digest FROM record WHERE number < ? ORDER BY number DESC LIMIT 1", number)
-        if _digest(before[0] if before else "", body) != digest:
+        if _digest(before[0] if before else self.anchor()[1], body) != digest:
             raise AcctdError(f"record {number} of job {job!r} was altered after it was signed off; restore {self.path}")
         return self._decoded(number, body)
 
@@ -379,13 +357,102 @@ class Ledger:
     def digest(self, number: int) -> str | None:
         """That of a record; None where there is none of this number."""
         row = self._row("SELECT digest FROM record WHERE number = ?", number)
+        if row is None and number == self.anchor()[0] != 0:
+            return self.anchor()[1]
         return row[0] if row else None
 
     def newest(self) -> tuple[int, str, Event]:
         """Number and digest of the last record, and the last event; 0, "" and an event 0 where there is none."""
-        number, digest = self._row("SELECT number, digest FROM record ORDER BY number DESC LIMIT 1") or (0, "")
         events = self.events(limit=1)
-        return number, digest, events[0] if events else Event(0, 0.0, None, None, "", "")
+        return *self._last(), events[0] if events else Event(0, 0.0, None, None, "", "")
+
+    def _last(self) -> tuple[int, str]:
+        """Number and digest of the last record, also of one that was taken out."""
+        row = self._row("SELECT number, digest FROM record ORDER BY number DESC LIMIT 1")
+        return row if row is not None else self.anchor()
+
+    # Many records at once
+
+    def span(self) -> Span:
+        """Which records there are now."""
+        first, last, count = self._row("SELECT MIN(number), MAX(number), COUNT(*) FROM record") or (None, None, 0)
+        if not count:
+            return Span(0, "", 0, "", 0)
+        return Span(first, self.digest(first) or "", last, self.digest(last) or "", count)
+
+    def stream(
+        self, *, owner: str | None = None, since: float | None = None, after: int = 0, upto: int | None = None
+    ) -> Iterator[tuple[int, str, bytes]]:
+        """Records in order of their numbers, `after` one and up to one: number, digest and JSON, as they were signed.
+
+        Of one owner; of jobs whose time goes on after `since` (s since the epoch; some that ended up to a millisecond
+        before are among them). Some hundred are in memory at a time, and nobody who writes is held up in between. Up
+        to the last one that is there at the first; those of a job that is signed off meanwhile are not read.
+        """
+        upto = self._last()[0] if upto is None else upto
+        wanted, values = "", list[object]()
+        if owner is not None:
+            wanted, values = " AND owner = ?", [owner]
+        if since is not None:
+            # Nearly all after the first one are wanted: from there they are read as they lie in the file.
+            query = "SELECT MIN(number) FROM record INDEXED BY record_ended WHERE ended >= ?"
+            first = self._row(query, since - _SLACK)
+            if first is None or first[0] is None:
+                return
+            after = max(after, first[0] - 1)
+            wanted, values = f"{wanted} AND +ended >= ?", [*values, since - _SLACK]
+        query = (
+            f"SELECT number, digest, body FROM record WHERE number > ? AND number <= ?{wanted} "  # noqa: S608  # our own words
+            "ORDER BY number LIMIT ?"
+        )
+        while rows := self._rows(query, after, upto, *values, _CHUNK):
+            yield from rows
+            after = rows[-1][0]
+
+    def verify(self) -> Iterator[int]:
+        """Follow the chain of digests from the first record to the last one that is there now.
+
+        Gives the number up to which all is well, now and then. Raises AcctdError at the first record that was altered,
+        or has one missing before it.
+        """
+        upto, (at, before) = self._last()[0], self.anchor()
+        while rows := self.records_after(at, _CHUNK):
+            if self.anchor()[0] > at:
+                at, before = self.anchor()  # somebody has taken records out meanwhile
+                continue
+            for number, digest, body in rows:
+                if number > upto:
+                    break
+                if _digest(before, body) != digest:
+                    raise AcctdError(
+                        f"record {number} was altered after it was signed off, or one before it is missing; "
+                        f"restore {self.path}"
+                    )
+                before, at = digest, number
+            yield at
+            if at >= upto:
+                return
+
+    def take_out(self, upto: int) -> int:
+        """Remove the records up to a number, which are safe elsewhere; how many.
+
+        The chain of digests goes on after them. One whose job is not yet removed from the kernel stays, and all after.
+        """
+        with self._synchronous("FULL"), self._writing() as db:
+            held = self._row("SELECT MIN(number) FROM record WHERE seq IN (SELECT seq FROM job)")
+            if held is not None and held[0] is not None:
+                upto = min(upto, held[0] - 1)
+            last = self._row("SELECT number, digest FROM record WHERE number <= ? ORDER BY number DESC LIMIT 1", upto)
+            if last is None:
+                return 0
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('anchor', ?)", (f"{last[0]} {last[1]}",))
+            return db.execute("DELETE FROM record WHERE number <= ?", (upto,)).rowcount
+
+    def anchor(self) -> tuple[int, str]:
+        """Number and digest of the last record that was taken out; 0 and "" where none was."""
+        row = self._row("SELECT value FROM meta WHERE key = 'anchor'")
+        number, _, digest = row[0].partition(" ") if row else ("0", "", "")
+        return int(number), digest
 
     def _decoded(self, number: int, body: bytes) -> Record:
         try:
@@ -406,102 +473,14 @@ class Ledger:
             f"the address pool is exhausted: all {len(slots)} pairs are leased; finish a job or enlarge network.pool4"
         )
 
-    def _migrate(self) -> None:
-        with self._writing() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA:
-                raise ConfigError(
-                    f"{self.path} has schema {version} and this acctd knows {SCHEMA}; use the newer acctd that wrote it"
-                )
-            if 0 < version < SCHEMA:
-                raise ConfigError(
-                    f"{self.path} has schema {version}, of an acctd before its first release; move the file away"
-                )
-            if version == 0:
-                for statement in _TABLES.split(";\n"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {SCHEMA}")
 
-    @contextmanager
-    def _synchronous(self, mode: str) -> Iterator[None]:
-        """FULL: a commit waits for stable storage."""
-        try:
-            self._db.execute(f"PRAGMA synchronous = {mode}")
-            try:
-                yield
-            finally:
-                self._db.execute("PRAGMA synchronous = NORMAL")
-        except sqlite3.Error as e:
-            raise _trouble(self.path, e) from e
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                # On some errors, a full disk among them, SQLite has rolled back by itself.
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as e:
-            raise _trouble(self.path, e) from e
-
-    def _rows(self, query: str, *values: object) -> list[tuple]:  # type: ignore[type-arg]  # columns differ by query
-        try:
-            return self._db.execute(query, values).fetchall()
-        except sqlite3.Error as e:
-            raise _trouble(self.path, e) from e
-
-    def _row(self, query: str, *values: object) -> tuple | None:  # type: ignore[type-arg]
-        rows = self._rows(query, *values)
-        return rows[0] if rows else None
-
-
-def _open_job(path: Path, row: tuple) -> OpenJob:  # type: ignore[type-arg]  # seq and _COLUMNS
+def _open_job(path: Path, row: tuple, midnights: list[tuple[int, bytes]]) -> OpenJob:  # type: ignore[type-arg]  # seq and _COLUMNS
     try:
-        return decode_columns(row)
+        kept = tuple(Midnight(ns, msgspec.json.decode(totals, type=State)) for ns, totals in midnights)
+        return replace(decode_columns(row), midnights=kept)
     except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError, ValueError, UsageError) as e:
         raise LedgerError(f"ledger {path} is corrupt (open job {row[0]}: {e})", corrupt=True) from e
 
 
 def _digest(previous: str, body: bytes) -> str:
     return hashlib.sha256(previous.encode() + body).hexdigest()
-
-
-def move_aside(path: Path) -> Path:
-    """Rename a ledger that is of no use any more, with all that SQLite keeps beside it; its new name."""
-    aside = path.with_name(f"{path.name}.corrupt-{time.time_ns()}")
-    for suffix in ("", "-wal", "-shm"):
-        if os.path.exists(f"{path}{suffix}"):
-            os.rename(f"{path}{suffix}", f"{aside}{suffix}")
-    return aside
-
-
-def successor(path: Path) -> Path:
-    """Where a ledger is written that is to replace another one."""
-    return path.with_name(f"{path.name}.new")
-
-
-def empty_successor(path: Path) -> Path:
-    """The same, with nothing there."""
-    for suffix in ("", "-wal", "-shm"):
-        Path(f"{successor(path)}{suffix}").unlink(missing_ok=True)
-    return successor(path)
-
-
-def take_successor(path: Path) -> None:
-    """Put it into its place, if that is empty: whoever was to do so may have died."""
-    if not path.exists() and successor(path).exists():
-        successor(path).rename(path)
-
-
-def _trouble(path: Path, error: Exception) -> AcctdError:
-    text = str(error)
-    if isinstance(error, PermissionError) or (os.geteuid() != 0 and ("readonly" in text or "unable to open" in text)):
-        return NotPermittedError(f"cannot open the ledger {path}: {error}; run as root or set state_dir")
-    if isinstance(error, sqlite3.DatabaseError) and any(word in text for word in _CORRUPT):
-        return LedgerError(f"ledger {path} is corrupt ({error}); acctd serve moves it aside", corrupt=True)
-    return LedgerError(f"ledger {path} cannot be used now ({error}); see that the disk is not full")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from acctd.errors import LedgerError
 from acctd.job import Job, boottime
-from acctd.ledger import Ledger, empty_successor, move_aside, take_successor
+from acctd.ledger import Ledger
 from acctd.rows import OpenJob, Phase
+from acctd.sqlitefile import empty_successor, move_aside, take_successor
 
 
 def opened(path: Path, trouble: list[str], *, lasting: bool) -> Ledger:
@@ -44,7 +45,14 @@ def begun_anew(old: Ledger, held: dict[int, Job], leftovers: list[Job]) -> tuple
         for seq, job in sorted(held.items()):
             phase: Phase = "closed" if job in leftovers else job.row.phase
             parent = rows[job.row.parent].seq if job.row.parent in rows else None
-            row = replace(job.row, phase=phase, account=job.account, parent=parent, seen_ns=boottime())
+            row = replace(
+                job.row,
+                phase=phase,
+                account=job.account,
+                parent=parent,
+                seen_ns=boottime(),
+                midnights=tuple(job.midnights),
+            )
             rows[seq] = new.reinstate(row)
     ledger, aside = replaced(old)
     for seq, row in rows.items():

@@ -13,7 +13,10 @@ Kind = Literal["counter", "gauge", "peak"]
 
 
 _MEASUREMENTS = {"block": "blkio"}
-_WRITTEN = ("bytes", "ns", "us", "ms")
+_WRITTEN = {"bytes": "bytes", "ns": "ns", "us": "us", "ms": "ms", "KiB*s": "kib_s"}
+"""Units as names in InfluxDB end with them."""
+_BASE = {"bytes": "bytes", "KiB*s": "kib_seconds"}
+"""Units of Prometheus; seconds apart."""
 _PER_SECOND = {"ns": 10**9, "us": 10**6, "ms": 10**3}
 _LABELS = {"acctd_blkio": ("device",), "acctd_nfs": ("mount",), "acctd_network": ("class", "direction")}
 
@@ -54,12 +57,12 @@ class Metric:
     @property
     def suffix(self) -> str:
         """The unit as names in InfluxDB end with it: only one of size or time is written."""
-        return self.unit if self.unit in _WRITTEN else ""
+        return _WRITTEN.get(self.unit, "")
 
     @property
     def prometheus(self) -> str:
         """Prometheus' name: base units (s, bytes), `_total` on counters only. https://prometheus.io/docs/practices/naming"""
-        unit = {"bytes": "bytes"}.get(self.unit, "seconds" if self.unit in _PER_SECOND else "")
+        unit = _BASE.get(self.unit, "seconds" if self.unit in _PER_SECOND else "")
         return "_".join(part for part in ("acctd_job", self.name, unit, "total" * (self.kind == "counter")) if part)
 
     @property

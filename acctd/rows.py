@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from acctd.integrals import Sums
 from acctd.meter import State, Stored
-from acctd.model import DestinationClass, JobSpec, Limits, Owner, parse_class
+from acctd.model import DestinationClass, JobSpec, Limits, Midnight, Owner, parse_class
 from acctd.policies import Isolation, OomPolicy, Shortage
 
 Phase = Literal["making", "made", "running", "closed"]
@@ -77,6 +78,7 @@ class Account:
     shortages: tuple[Shortage, ...] = ()  # the first and the newest
     shortages_dropped: int = 0  # others, not kept
     kills_told: int = 0  # processes killed by the kernel for want of memory, as far as they are in a shortage
+    integrals: Sums = field(default_factory=Sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +110,20 @@ class OpenJob:
     account: Account = field(default_factory=Account)
     parent: int | None = None
     terms: Terms = field(default_factory=Terms)
+    midnights: tuple[Midnight, ...] = ()  # oldest first
 
 
 def encode_row(row: OpenJob) -> bytes:
-    """A row in one piece, for a place outside the ledger, where more than root may read it: without the secret."""
-    return msgspec.json.encode(replace(row, terms=replace(row.terms, chirp=None)), enc_hook=str)
+    """A row in one piece, for a place outside the ledger, where more than root may read it: without the secret.
+
+    Without the midnights, too: there is no room for a year of them.
+    """
+    return msgspec.json.encode(replace(row, terms=replace(row.terms, chirp=None), midnights=()), enc_hook=str)
 
 
 def decode_row(text: bytes) -> OpenJob:
     """The reverse. Raises MsgspecError, KeyError, TypeError or UsageError for what encode_row did not write."""
-    kinds: dict[str, Any] = {"place": Place, "account": Account, "terms": Terms}
+    kinds: dict[str, Any] = {"place": Place, "account": Account, "terms": Terms, "midnights": tuple[Midnight, ...]}
     try:
         raw = msgspec.json.decode(text, type=dict[str, Any])
         return OpenJob(

@@ -4,14 +4,12 @@ Plain values for JSON; reads nothing but who is in a job. Who may see what is de
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from acctd import family
-from acctd.agent import Agent
-from acctd.job import Ending, Job, boottime
+from acctd import family, statement
+from acctd.job import Job, boottime
 from acctd.model import Record
 
 
@@ -49,7 +47,6 @@ def sketch(job: Job) -> dict[str, Any]:
     }
 
 
-def interim(agent: Agent, jobs: Mapping[str, Job], job: Job) -> Record:
+def interim(jobs: Mapping[str, Job], job: Job) -> Record:
     """A record of the job so far. It is final in nothing, and signed by nobody."""
-    record = agent.record(job, Ending(at=job.row.terms.ended_ns or boottime()))
-    return replace(record, state="running", totals=family.totals(job, family.below(jobs, job)))
+    return statement.so_far(jobs, job, job.row.terms.ended_ns or boottime())

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
+import msgspec
+
 from acctd.frames import AgentSample, EventFrame, Frame, RecordFrame, Sample, limits_of, tag
 from acctd.meter import State
 from acctd.metrics import BY_NAME, LIMITS, NETWORK_BYTES, NETWORK_PACKETS, Metric, split_rule
@@ -200,6 +202,7 @@ def _other_fields(record: Record) -> list[str]:
         "account": tag(record.tags, "account") or NONE,
         "tags": json.dumps(record.tags, ensure_ascii=False, separators=(",", ":")) if record.tags else None,
         "notes": " ".join(record.notes) or None,
+        "midnights": msgspec.json.encode(record.midnights).decode() if record.midnights else None,
     }
     fields = [f"{name}={value}i" for name, value in integers.items() if value is not None]
     for name, text in strings.items():

@@ -277,7 +277,7 @@ class Scene:
 def play(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Scene], Awaitable[None]]], None]:
     counted = iter(range(1, 10_000))
 
-    def interim(agent: Any, jobs: Any, job: Any) -> Any:
+    def interim(jobs: Any, job: Any) -> Any:
         return replace(RECORD, totals={"network": {"OutgoingExternal": next(counted)}})
 
     monkeypatch.setattr(views, "interim", interim)

@@ -21,10 +21,11 @@ from acctd.errors import (
     NotFoundError,
     NotPermittedError,
 )
-from acctd.ledger import FILE, SCHEMA, Ledger, move_aside
+from acctd.ledger import FILE, SCHEMA, Ledger
 from acctd.meter import Stored
 from acctd.model import JobSpec, Limits, Owner, Record, parse_class
 from acctd.rows import Account, Event, Place, Rule, Terms, decode_row, encode_row
+from acctd.sqlitefile import move_aside
 
 OWNER = Owner(uid=1000, gid=100, name="ada")
 SPEC = JobSpec(
