@@ -373,7 +373,7 @@ class _Reader:
             self.mistakes.append(f"samples.max {table.max!r} is too small; it takes 4M at least, or 0 to keep none")
         if table.minutes < table.full:
             self.mistakes.append(
-                f"samples.minutes {table.minutes:g} is below samples.full {table.full:g}; minutes come after all samples"
+                f"samples.minutes {table.minutes:g} is below samples.full {table.full:g}; the first is the greater age"
             )
         return SamplesConfig(max=most or 0, full=table.full, minutes=table.minutes)
 

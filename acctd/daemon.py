@@ -88,6 +88,7 @@ class Daemon:
         before = set(self.jobs)
         for record in recover(self.agent, adopt=self._adopt):
             self.news.tell(record, "finished", "; ".join(("recovered", record.state, *record.notes)))
+            self._outlet.finished(record)
         self._report()
         for job in [job for name, job in self.jobs.items() if name not in before]:
             self._keep_watch(job)
@@ -338,6 +339,7 @@ class Daemon:
         record = self.agent.last_reading(job, ending, patience=0.0)  # kill() has had it, without blocking others
         self.books.unsigned[job.spec.id] = job, record
         self._forget(job)
+        self._outlet.finished(record)
         if self.books.sign_off(job, record):
             self.news.tell(record, "finished", f"{record.state}, wall {record.wall_ns / 1e9:.3f} s")
         else:

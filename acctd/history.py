@@ -149,8 +149,9 @@ class History:
 
     # Writing
 
-    def append(self, points: Iterable[tuple[Whose, Point]], finished: Iterable[Record] = ()) -> None:
-        """Keep points, and the ends of jobs that have some. What cannot be written now is written with the next.
+    def append(self, points: Iterable[tuple[Whose, Point]], finished: Iterable[Record] = (), lost: int = 0) -> None:
+        """Keep points, the ends of jobs that have some, and how many others are lost. What cannot be written now is
+        written with the next.
 
         Raises LedgerError for that.
         """
@@ -159,12 +160,15 @@ class History:
             for whose, each in points:
                 self._pending.setdefault(whose, []).append((each.at // _PIECE, encode(each)))
             self._finished += finished
+            self._unsaid += lost
             ended = {(record.id, record.started) for record in self._finished}
             due = [
                 whose
                 for whose, waiting in self._pending.items()
                 if (whose.id, whose.started) in ended or self._is_due(whose.seq, len(waiting))
             ]
+            if not (due or self._finished or self._unsaid):
+                return
             try:
                 self._trying(lambda: self._write(due))
             except LedgerError:

@@ -19,7 +19,7 @@ from acctd.agent import Agent
 from acctd.cli.options import limit_options, limits_given
 from acctd.cli.output import Output, say
 from acctd.cli.summary import summary
-from acctd.cli.supervise import LiveLine, Signals, supervise
+from acctd.cli.supervise import Course, LiveLine, Signals, supervise
 from acctd.config import with_default_classes
 from acctd.errors import UsageError
 from acctd.job import Ending, Job
@@ -115,7 +115,7 @@ def command(
         if job_id is None:
             spec = replace(spec, id=agent.ledger.next_id())
         with sent(agent, spec.id) as series:
-            record = _account(agent, spec, arguments, groups, environ, signals, shortages, quiet=quiet)
+            record = _account(agent, spec, arguments, groups, environ, signals, shortages, recovery, quiet=quiet)
             if series is not None:
                 series.finish(record.id)
         for form, output in outputs.items():
@@ -147,13 +147,14 @@ def _account(
     environ: Mapping[str, str],
     signals: Signals,
     shortages: Shortages,
+    recovery: list[Record],
     *,
     quiet: bool,
 ) -> Record:
     job = agent.create(spec, terms=Terms(run=True))
     # A job with a namespace has a loopback of its own, where the host's resolver does not listen.
     servers = resolver.host_servers() if spec.network == "nat" else []
-    started = False
+    course, started = Course(agent, job, recovery), False
     try:
         with resolver.Relay(job.namespace if job.namespace is not None else -1, servers) as relay:
             job.notes += [
@@ -168,7 +169,7 @@ def _account(
             started = True
             agent.begin(job, at)
             live = LiveLine(job) if not quiet else None
-            process.returncode = supervise(agent, job, process.pid, live, shortages)
+            process.returncode = supervise(agent, job, process.pid, live, shortages, course)
             ending = Ending.now(process.returncode)
     except BaseException as e:
         if started:
@@ -181,6 +182,9 @@ def _account(
         raise
     record = agent.finish(job, ending)
     shortages.forget(job)
+    course.finish(record)
+    for sentence in course.troubles if not quiet else ():
+        say(f"acctd: {sentence}")
     return record
 
 

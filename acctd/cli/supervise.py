@@ -1,4 +1,4 @@
-"""Watching one job from the terminal it was started on: its signals, its polls, its live line, its end.
+"""Watching one job from the terminal it was started on: its signals, its polls, its live line, its course, its end.
 
 One thread, no handlers: all signals are blocked, and taken one by one once a signalfd says that there is one. The wait
 for it ends earlier for the next poll, or when the kernel says that the job's memory runs out.
@@ -11,6 +11,7 @@ import signal
 import sys
 import termios
 import time
+from collections.abc import Iterable
 from typing import Self
 
 from acctd.agent import Agent
@@ -19,6 +20,8 @@ from acctd.errors import AcctdError
 from acctd.job import Job
 from acctd.kernel import libc
 from acctd.meter import State
+from acctd.model import Record
+from acctd.samples import Samples
 from acctd.shortages import Shortages
 
 _FORWARDED = {
@@ -34,6 +37,7 @@ _ERASE = "\x1b[J"  # from the cursor to the end of the screen
 _BELOW = "\x1bD\x1b[A\x1b7\x1b[B\r{}\x1b8"
 """Make sure that there is a line below, go there, write, come back: the job's output goes on where it was."""
 _STORE_EVERY = 1.0  # s at least between two stores: each waits for the disk
+_PATIENCE = 0.05  # s for samples.sqlite, in which the agent writes too; the job's signals wait meanwhile
 
 
 class Signals:
@@ -104,7 +108,39 @@ class LiveLine:
             return False
 
 
-def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None, shortages: Shortages) -> int:
+class Course:
+    """How a job goes, kept for plots from its first store on: a shorter one is its record, and touches no other file."""
+
+    def __init__(self, agent: Agent, job: Job, ended: Iterable[Record]) -> None:
+        """`ended`: jobs that were finished in place of a dead acctd."""
+        self._job, self._ended = job, ended
+        self._config, self._state_dir = agent.config.samples, agent.config.state_dir
+        self._samples: Samples | None = None
+        self.troubles: dict[str, None] = {}
+        """What could not be kept, one sentence each."""
+
+    def read(self) -> None:
+        """The job has been read."""
+        if not self._config.max:
+            return
+        if self._samples is None:
+            self._samples = Samples(self._config, self._state_dir, patience=_PATIENCE)
+            for record in self._ended:
+                self._samples.finished(record)
+        self._samples.sample({self._job.spec.id: self._job}, [self._job])
+        self._note(self._samples.write())
+
+    def finish(self, record: Record) -> None:
+        """The job has its record."""
+        if self._samples is not None:
+            self._samples.finished(record)
+            self._note(self._samples.close())
+
+    def _note(self, troubles: Iterable[object]) -> None:
+        self.troubles |= dict.fromkeys(map(str, troubles))
+
+
+def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None, shortages: Shortages, course: Course) -> int:
     """Wait for the job's main process, polling the job meanwhile. Returns its exit status, or -n after signal n.
 
     Polls come at gaps of 1, 2, 4, ... ms and then of the configured interval, so that a short job is sampled too.
@@ -134,6 +170,7 @@ def supervise(agent: Agent, job: Job, pid: int, live: LiveLine | None, shortages
         if now >= next_poll:
             _poll(agent, job, store=now - stored >= _STORE_EVERY)
             if now - stored >= _STORE_EVERY:
+                course.read()
                 stored = now
             step = min(step * 2, interval)
             next_poll = now + step

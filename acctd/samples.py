@@ -1,0 +1,135 @@
+"""Keeping samples of living jobs: what has been read becomes points, which are written beside the ticks.
+
+No money rests on them: what cannot be written is told once, counted, and keeps no job and no tick waiting.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from acctd import family
+from acctd.config import SamplesConfig
+from acctd.errors import AcctdError
+from acctd.history import FILE, History, Point, Whose
+from acctd.job import Job, boottime
+from acctd.meter import keyed
+from acctd.metrics import Key
+from acctd.model import Record
+from acctd.points import point
+
+_TURN = 60.0  # s for which points of a job may wait, to be written in one piece
+_TOGETHER = 6  # points that wait at most
+_WAITING = 20_000  # points that are taken while one write is still under way, and ends of jobs
+
+log = logging.getLogger("acctd")
+
+
+class Samples:
+    """One acctd's. Points are taken on the loop, `write` may be called beside it, and gives what is to be told."""
+
+    def __init__(
+        self,
+        config: SamplesConfig,
+        state_dir: Path,
+        open_jobs: Iterable[int] | None = None,
+        *,
+        interval: float = _TURN,
+        patience: float = 1.0,
+    ) -> None:
+        """`open_jobs`: all that there are, by seq, where that is known. `interval`: s between two points of a job.
+
+        Opens nothing.
+        """
+        self._config, self._path = config, state_dir / FILE
+        self._together = max(1, min(_TOGETHER, int(_TURN / interval)))
+        self._patience = patience
+        self._open_jobs = frozenset(open_jobs) if open_jobs is not None else None  # until the file has been told
+        self._nested: set[int] = set()
+        self._points: list[tuple[Whose, Point]] = []
+        self._finished: list[Record] = []
+        self._history: History | None = None
+        self._lost = 0
+        self._lock = threading.Lock()
+
+    def begin_tick(self, jobs: Iterable[Job]) -> None:
+        """All jobs are about to be read."""
+        self._nested = {job.row.parent for job in jobs if job.row.parent is not None}
+
+    def sample(self, jobs: Mapping[str, Job], read: Iterable[Job]) -> None:
+        """Some jobs have been read."""
+        now = boottime()
+        for job in read:
+            row = job.row
+            if row.phase != "running" or row.terms.ended_ns is not None:
+                continue
+            stacked = [device for device, lies in job.stacked.items() if lies]
+            try:
+                made = point(now - row.boot_ns, self._totals(jobs, job), row.spec.limits.memory, stacked)
+            except Exception:  # one bad job must not cost the others their samples, nor the node its ticks
+                log.exception("job %s cannot be sampled", row.spec.id)
+                self._lost += 1
+                continue
+            self._points.append((Whose(row.seq, row.spec.id, row.created), made))
+        if (over := len(self._points) - _WAITING) > 0:
+            del self._points[:over]
+            self._lost += over
+
+    def finished(self, record: Record) -> None:
+        """A job has ended: its record is its last point."""
+        self._finished = [*self._finished[-_WAITING:], record]
+
+    def write(self) -> list[AcctdError | str]:
+        """Write what waits, and thin what has come of age: some ms, beside the loop. What went wrong."""
+        points, self._points = self._points, []
+        finished, self._finished = self._finished, []
+        with self._lock:
+            return self._write(points, finished)
+
+    def close(self) -> list[AcctdError | str]:
+        """Write what waits, if it can be written now, and let go. What went wrong."""
+        troubles = self.write() if self._points or self._finished else []
+        with self._lock:
+            if self._history is not None:
+                self._history.close()
+                self._history = None
+        return troubles
+
+    def _write(self, points: list[tuple[Whose, Point]], finished: list[Record]) -> list[AcctdError | str]:
+        troubles: list[AcctdError | str] = []
+        try:
+            history = self._opened()
+            lost, self._lost = self._lost, 0
+            history.append(points, finished, lost)
+            history.thin(time.time())
+        except AcctdError as e:
+            if self._history is None:
+                self._lost += len(points)
+            troubles.append(e)
+        if self._history is not None:
+            troubles += self._history.told
+            self._history.told.clear()
+        return troubles
+
+    def _opened(self) -> History:
+        if self._history is None:
+            config = self._config
+            self._history = History(
+                self._path,
+                max_bytes=config.max,
+                full=config.full,
+                minutes=config.minutes,
+                together=self._together,
+                patience=self._patience,
+            )
+        if self._open_jobs is not None:
+            self._history.settle(self._open_jobs)
+            self._open_jobs = None
+        return self._history
+
+    def _totals(self, jobs: Mapping[str, Job], job: Job) -> Mapping[Key, int]:
+        """With the families inside it; mostly there are none, and nothing is copied."""
+        if job.row.seq in self._nested:
+            return keyed(family.totals(job, family.below(jobs, job)))
+        return keyed(family.totals(job, ())) if job.families else job.meter.totals
