@@ -1,0 +1,121 @@
+"""`acctd usage-records`: the ledger's records as files for a grid's accounting, each record once.
+
+The command decides which format, where and since when; exporters/outgoing.py that nothing is lost or written twice.
+"""
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from acctd import config as configuration
+from acctd import ledger
+from acctd.cli.output import emit
+from acctd.cli.progress import progress
+from acctd.errors import NotPermittedError, UsageError
+from acctd.kernel import filelock
+from acctd.ledger import Ledger
+from acctd.model import Record
+from exporters import apel, usagerecord
+from exporters.outgoing import Batch, Outgoing, Sent, send
+
+NOTES = "usage-records"
+"""Where in state_dir it is noted what was written to which directory."""
+
+_PATIENCE = 0.0  # another run writes the same records
+
+
+@click.command("usage-records")
+@click.argument("kind", metavar="FORMAT", type=click.Choice(["apel", "ur"]))
+@click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--site", metavar="NAME", help="The site, as the accounting server knows it; apel needs it.")
+@click.option(
+    "--benchmark",
+    metavar="TYPE=VALUE",
+    help="What a core of this node achieves, like HEPscore23=12.5; Si2k and HEPSPEC are known too.",
+)
+@click.option(
+    "--since",
+    metavar="TIME",
+    help="Leave out jobs that ended earlier, for good: 2026-01-31, or 2026-01-31T12:00; UTC unless it says otherwise.",
+)
+@click.option(
+    "--anew", is_flag=True, help="Begin with the first record that the ledger has, whatever was written before."
+)
+@click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
+def command(
+    kind: str,
+    target: Path,
+    site: str | None,
+    benchmark: str | None,
+    since: str | None,
+    anew: bool,
+    config_path: str | None,
+) -> None:
+    """Write the records that were not written to DIR yet.
+
+    FORMAT apel writes messages into the outgoing queue of ssmsend (path_type dirq), FORMAT ur files of OGF Usage Record
+    2.0. What was written is noted in state_dir, for each DIR: the next run goes on after it. Whoever fetches a file may
+    remove it. Records of families are left out: what they used is in their parent's.
+    """
+    if kind == "apel" and site is None:
+        raise UsageError("--site is missing; give the site's name as in GOCDB")
+    checked = apel.check_site(site) if site is not None else None
+    speed = apel.Benchmark.parse(benchmark) if benchmark is not None else None
+    earliest = _moment(since) if since is not None else None
+    config = configuration.load(config_path, os.environ)
+    notes = config.state_dir / NOTES
+    with Ledger(config.state_dir / ledger.FILE) as book:
+        try:
+            notes.mkdir(mode=0o700, exist_ok=True)
+        except OSError as e:
+            raise NotPermittedError(f"cannot make {notes} ({e.strerror}); run as root") from e
+        place = _queued if kind == "apel" else _named
+        with (
+            filelock.held(str(notes / "lock"), patience=_PATIENCE),
+            Outgoing(kind, target, notes, place) as outgoing,
+            progress("Writing") as begin,
+        ):
+
+            def encode(records: Sequence[Record]) -> bytes:
+                if kind == "apel":
+                    return apel.message(records, site=checked or "", benchmark=speed)
+                return usagerecord.document(records, created=datetime.now(UTC), site=checked, benchmark=speed)
+
+            done = send(book, outgoing, encode, since=earliest, anew=anew, progress=begin)
+    emit(_told(done))
+
+
+def _queued(batch: Batch) -> tuple[str, str]:
+    """As the queue dirq (https://pypi.org/project/dirq/) has it: a folder of 8 hexadecimal digits, a file of 14."""
+    return f"{max(0, int(batch.ended)) >> 16 << 16 & 0xFFFFFFFF:08x}", batch.digest[:14]
+
+
+def _named(batch: Batch) -> tuple[str, str]:
+    return "", f"ur-{batch.first:09}-{batch.last:09}-{batch.digest[:12]}.xml"
+
+
+def _told(done: Sent) -> str:
+    text = f"{_count(done.records, 'record')} in {_count(done.files, 'file')}"
+    left = [
+        (done.families, "of families, which are in their parents' records"),
+        (done.early, "that ended before --since"),
+        (done.archived, "that are in an archive only"),
+    ]
+    return "; left out: ".join(
+        part for part in (text, ", ".join(f"{number} {what}" for number, what in left if number)) if part
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _moment(text: str) -> float:
+    try:
+        found = datetime.fromisoformat(text)
+        return (found if found.tzinfo is not None else found.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise UsageError(f"--since {text!r} is no time; write it like 2026-01-31 or 2026-01-31T12:00+01:00") from None
