@@ -29,17 +29,21 @@ class SqliteFile:
     tables: ClassVar[str]
     """The SQL that makes an empty file one of this schema."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, patience: float = _PATIENCE, any_thread: bool = False) -> None:
+        """`patience`: s to wait for a lock. `any_thread`: the caller sees that one thread at a time calls."""
+        self.path, self._patience = path, patience
         self.closed = False
         try:
             with ExitStack() as undo:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._db = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
+                self._db = sqlite3.connect(
+                    path, timeout=patience, isolation_level=None, check_same_thread=not any_thread
+                )
                 undo.callback(self.close)
                 os.chmod(path, 0o600)
                 found = os.stat(path)
                 self._file = found.st_dev, found.st_ino
+                self._before_tables()
                 self._use_wal()
                 self._migrate()
                 # NORMAL: a commit survives kill -9, and a power cut takes the jobs themselves along. Records use FULL.
@@ -48,9 +52,12 @@ class SqliteFile:
         except (sqlite3.Error, OSError) as e:
             raise self._trouble(e) from e
 
+    def _before_tables(self) -> None:
+        """Say what must be said before there is anything in the file."""
+
     def _use_wal(self) -> None:
         """SQLite does not wait for its lock here as it does elsewhere: two who make a new file meet at once."""
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + self._patience
         while True:
             try:
                 self._db.execute("PRAGMA journal_mode = WAL")

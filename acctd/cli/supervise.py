@@ -109,7 +109,7 @@ class LiveLine:
 
 
 class Course:
-    """How a job goes, kept for plots from its first store on: a shorter one is its record, and touches no other file."""
+    """How a job goes, kept for plots from its first store on: of a shorter one the record says enough."""
 
     def __init__(self, agent: Agent, job: Job, ended: Iterable[Record]) -> None:
         """`ended`: jobs that were finished in place of a dead acctd."""
