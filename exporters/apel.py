@@ -24,7 +24,7 @@ TEXT_MOST, DESCRIPTION_MOST = 255, 100
 _BENCHMARKS = {"si2k": "Si2k", "hepspec": "HEPSPEC", "hepscore23": "HEPscore23"}
 _NOTHING = ("", "none", "null")
 """What means to the server that there is no value, in any case."""
-_UNSAFE = re.compile(r"[^\x20-\x7e]|%(?=%)|(?<=%)%")
+_UNSAFE = re.compile(r"[^\x20-\x7e]|%(?=%|[^\x20-\x7e])|(?<=%)%")  # also a % that would come to stand before another
 
 
 @dataclass(frozen=True, slots=True)
