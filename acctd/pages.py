@@ -62,7 +62,7 @@ async def interim(daemon: Daemon, caller: Caller, after: int, *, every: bool) ->
         job = daemon.jobs.get(name)  # it may have ended meanwhile
         if job is not None and job.row.phase == "running":  # else it has not begun, or has its record
             daemon.read(job)
-            found.append(msgspec.Raw(msgspec.json.encode(views.interim(daemon.agent, daemon.jobs, job))))
+            found.append(msgspec.Raw(msgspec.json.encode(views.interim(daemon.jobs, job))))
         if number % _JOBS_AT_ONCE == _JOBS_AT_ONCE - 1:
             await asyncio.sleep(0)
     last = jobs[:_JOBS][-1][0] if jobs else after

@@ -14,13 +14,13 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
-import msgspec
-
 from acctd.frames import AgentSample, EventFrame, Frame, RecordFrame, Sample, limits_of, tag
 from acctd.meter import State
 from acctd.metrics import BY_NAME, LIMITS, NETWORK_BYTES, NETWORK_PACKETS, Metric, split_rule
 from acctd.model import INT64_MAX, Record
 from acctd.sinks import ExportConfig, InfluxSink
+from acctd.usage import nanoseconds
+from exporters import billfields
 from exporters.delivery import Item
 
 TO_SAMPLES, TO_RECORDS = "samples", "records"
@@ -91,7 +91,8 @@ class Lines:
         scheduler = tag(record.tags, "scheduler") or self._scheduler
         tags, job = self._jobs(record.id, record.owner, record.parent, scheduler)
         fields = [*_total_fields(record), *_other_fields(record)]
-        items = [_item(TO_RECORDS, f"acctd_record{tags} {job}", fields, stamp(record.ended, frame.number))]
+        head = f"acctd_record{tags},payer={tag_value(tag(record.tags, 'account') or record.owner)} {job}"
+        items = [_item(TO_RECORDS, head, fields, stamp(record.ended, frame.number))]
         # A job that was shorter than a tick has no sample; with these it has a series, and all others their last value.
         items += _points(tags, job, record.totals, record.stacked, frame.time)
         return items
@@ -193,7 +194,7 @@ def _other_fields(record: Record) -> list[str]:
         "exit_code": record.exit_code,
         "exit_signal": record.exit_signal,
         "wall_ns": record.wall_ns,
-        "started_ns": stamp(record.started, 0),
+        "started_ns": nanoseconds(record.started),
         "uid": record.uid,
     }
     strings = {
@@ -202,7 +203,7 @@ def _other_fields(record: Record) -> list[str]:
         "account": tag(record.tags, "account") or NONE,
         "tags": json.dumps(record.tags, ensure_ascii=False, separators=(",", ":")) if record.tags else None,
         "notes": " ".join(record.notes) or None,
-        "midnights": msgspec.json.encode(record.midnights).decode() if record.midnights else None,
+        **dict(billfields.texts(record)),
     }
     fields = [f"{name}={value}i" for name, value in integers.items() if value is not None]
     for name, text in strings.items():

@@ -42,10 +42,8 @@ class Reader:
 
     tally: Tally
     needed_from: float  # s since the epoch: what ended before is counted as looked at and adds nothing
-    family: str | None = None  # a job that is wanted though it may be inside another one
     watched: frozenset[Key] = frozenset()  # open jobs; those that have a record by now
     looked: Looked = field(default_factory=Looked)
-    families: list[Usage] = field(default_factory=list)
     ended: set[Key] = field(default_factory=set)
 
     def read(self, task: Task, check: Check | None, progress: Callable[[int, int], None]) -> None:
@@ -66,14 +64,11 @@ class Reader:
     def _take(self, usage: Usage) -> None:
         if usage.started + usage.wall_ns / 1e9 + 1 >= self.needed_from:  # one second more than enough for rounding
             self.tally.add(usage)
-            if usage.id == self.family and usage.parent is not None:
-                self.families.append(usage)
 
     def add(self, other: "Reader") -> None:
         """What another process read."""
         self.tally.merge(other.tally)
         self.looked.add(other.looked)
-        self.families += other.families
         self.ended |= other.ended
 
 

@@ -143,7 +143,7 @@ def test_the_job_as_a_field() -> None:
         ("samples", f'acctd_cpu,{tags} job="1.0",user_ns=5i {TIME}'),
         ("samples", f'acctd_limit,{tags} job="1.0",pids=3i {TIME}'),
     ]
-    assert encoded(frame(record()), job_tag=False)[0][1].startswith(f'acctd_record,{tags} job="1.0",cpu_user_ns=5i')
+    assert encoded(frame(record()), job_tag=False)[0][1].startswith(f'acctd_record,{tags},payer=ada job="1.0",cpu_user_ns=5i')
 
 
 def test_limits_have_types_that_do_not_change() -> None:
@@ -166,7 +166,7 @@ def test_a_record_is_one_point_and_the_last_sample() -> None:
     assert found == [
         (
             "records",
-            f"acctd_record,{tags} cpu_user_ns=5i,memory_peak_bytes=4096i,exit_code=0i,wall_ns=9750000000i,"
+            f"acctd_record,{tags},payer=physics cpu_user_ns=5i,memory_peak_bytes=4096i,exit_code=0i,wall_ns=9750000000i,"
             r'started_ns=1700000000500000000i,uid=1000i,state="done",network_mode="nat",account="physics",'
             r'tags="{\"account\":\"physics\"}",notes="a \"note\"",limit_memory_bytes=1073741824i 1700000010250000007',
         ),
@@ -224,7 +224,7 @@ def test_what_cannot_be_written_is_left_out_and_nothing_else() -> None:
     point = encoded(frame(record(totals=totals)))[0][1]
     assert f" cpu_user_ns={INT64_MAX}i," in point and "cpu_system" not in point
     two = {"block_read": {"8:0": INT64_MAX, "8:16": 1}}
-    assert "block_read" not in encoded(frame(record(totals=two)))[0][1]
+    assert "block_read_bytes" not in encoded(frame(record(totals=two)))[0][1]
     many = {f"tag{number}": "x" * 4096 for number in range(20)}
     assert "tags=" not in encoded(frame(record(tags=many)))[0][1]
 

@@ -1,0 +1,210 @@
+"""`acctd bill`: what was used and what it costs, line by line, from this node's ledger or records of many nodes."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import click
+
+from acctd import config as configuration
+from acctd import ledger, tariff
+from acctd.bill import Selection, Tally
+from acctd.cli import billforms, billtime
+from acctd.cli.asking import agent_options, complete_job, where
+from acctd.cli.billagent import from_agent, living
+from acctd.cli.billforms import Sheet
+from acctd.cli.output import Output, emit, say
+from acctd.cli.progress import progress
+from acctd.client import Client
+from acctd.config import Config
+from acctd.errors import AcctdError, NotFoundError, NotPermittedError, UnavailableError, UsageError
+from acctd.sources import gather
+from acctd.sources.crew import Reader
+from acctd.sources.gather import Begin, Gathered, Make
+from acctd.sources.looked import Key
+from acctd.tariff import Tariff
+
+_FORMATS = ("table", "csv", "json", "html")
+
+
+@click.command("bill")
+@click.option("--job", metavar="ID", shell_complete=complete_job, help="Only this job, on all nodes.")
+@click.option("--user", metavar="NAME", help="Only jobs of this user.")
+@click.option("--account", metavar="NAME", help="Only jobs that this account pays for, or this user without account.")
+@click.option("--tag", "tags", metavar="KEY=VALUE", multiple=True, help="Only jobs with this tag; may be given again.")
+@click.option("--since", metavar="TIME", help="From this month, day or time on. [default: this month]")
+@click.option(
+    "--until", metavar="TIME", help="Up to this month, day or time, which is not in it. [default: next month]"
+)
+@click.option("--group-by", metavar="WORD,...", default="", help="user, account, class, day, job, node, month.")
+@click.option("--tariff", "tariff_path", metavar="FILE", type=click.Path(), help="Prices. [default: as configured]")
+@click.option(
+    "--format", "form", type=click.Choice(_FORMATS), default="table", show_default=True, help="What to write."
+)
+@click.option("--output", metavar="FILE", help="Write there instead of standard output.")
+@click.option(
+    "--from",
+    "sources",
+    metavar="SOURCE",
+    multiple=True,
+    help="records DIR..., or influxdb://HOST:PORT?db=NAME. [default: the ledger of this node]",
+)
+@click.argument("directories", metavar="[DIR]...", nargs=-1, type=click.Path())
+@agent_options
+def command(
+    job: str | None,
+    user: str | None,
+    account: str | None,
+    tags: tuple[str, ...],
+    since: str | None,
+    until: str | None,
+    group_by: str,
+    tariff_path: str | None,
+    form: str,
+    output: str | None,
+    sources: tuple[str, ...],
+    directories: tuple[str, ...],
+    socket_path: str | None,
+    config_path: str | None,
+) -> None:
+    """Say what was used and what it costs, one line an item, so that anyone can check the sum.
+
+    Without --from it is about this node: the records of its ledger, and the open jobs as far as they have come. An
+    ordinary user gets the bill of own jobs, from the agent. With `--from records DIR...` it is about the records below
+    these directories, of as many nodes as there are: lines of JSON as a [json.NAME] sink writes them or `acctd ledger
+    archive` does, packed or not, and files of one record. A record that was delivered twice counts once. With `--from
+    influxdb://HOST:PORT?db=NAME` the database adds up what it has.
+
+    --since and --until take a month (2026-11), a day or a time in the tariff's timezone; what begins at --until is not
+    in the bill. Tiers, allowances and minimums are those of whole months and of all jobs that a payer has, whatever is
+    selected.
+    """
+    config = _config(config_path)
+    prices = _tariff(tariff_path, config)
+    now = time.time()
+    begin, end = billtime.period(since, until, prices.zone, now)
+    groups = tuple(word.strip() for word in group_by.split(",") if word.strip())
+    select = Selection(job=job, user=user, account=account, tags=_tags(tags))
+
+    def make(watched: frozenset[Key]) -> Reader:
+        tally = Tally(prices, begin, end, select=select, group_by=groups)
+        return Reader(tally, tally.needed_from, watched)
+
+    make(frozenset())  # what is wrong with the question is said before anything is opened
+    target = Output("--output", output) if output is not None else None
+    path = where(socket_path, config_path)
+    with progress("reading records") as bar:
+        gathered = _gathered(sources, directories, config, path, make, bar)
+    for sentence in gathered.reader.looked.told:
+        say(f"acctd: {sentence}")
+    chosen = {"job": job, "user": user, "account": account, "tag": ", ".join(tags)}
+    sheet = Sheet(
+        bill=gathered.reader.tally.bill(),
+        selection={name: value for name, value in chosen.items() if value},
+        kind=gathered.kind,
+        places=gathered.places,
+        looked=gathered.reader.looked,
+        own=gathered.own,
+        asked=now,
+    )
+    text = _written(sheet, form, terminal=billforms.on_terminal(output))
+    if target is not None:
+        target.write(f"{text}\n")
+    else:
+        emit(text)
+    if broken := sheet.looked.broken:
+        raise AcctdError(f"{broken} lines could not be read and are not in the bill; mend or remove them")
+
+
+def _config(path: str | None) -> Config:
+    try:
+        return configuration.load(path, os.environ)
+    except NotPermittedError:
+        # As for the agent's socket: an ordinary user need not be able to read root's configuration.
+        default, _ = configuration.parse("", None)
+        if default is None:
+            raise
+        return default
+
+
+def _tariff(path: str | None, config: Config) -> Tariff:
+    try:
+        return tariff.load(path or str(config.tariff))
+    except NotFoundError:
+        if path is not None:
+            raise
+        raise NotFoundError(
+            f"there is no tariff {config.tariff}; write it as tariffs/example.toml is, set bill.tariff, or give --tariff"
+        ) from None
+
+
+def _tags(texts: tuple[str, ...]) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--tag {text!r} is not usable; write it like account=physics")
+        if found.setdefault(key.lower(), value) != value:
+            raise UsageError(f"--tag {key} is given with two values, and a job has one; leave one out")
+    return found
+
+
+def _gathered(
+    sources: tuple[str, ...], directories: tuple[str, ...], config: Config, socket: Path, make: Make, begin: Begin
+) -> Gathered:
+    databases = [source for source in sources if "://" in source]
+    named = [source.removeprefix("records:") for source in sources if source.startswith("records:")]
+    records = [Path(name) for name in (*named, *directories)]
+    other = [source for source in sources if "://" not in source and source.partition(":")[0] != "records"]
+    if other:
+        raise UsageError(
+            f"--from {other[0]!r} is none; write --from records DIR..., or --from influxdb://HOST:PORT?db=NAME"
+        )
+    if directories and "records" not in sources:
+        raise UsageError(f"{directories[0]!r} belongs to nothing; write --from records before directories")
+    if databases and (records or len(databases) > 1):
+        raise UsageError("--from names a database and something else; take one source, else records would count twice")
+    if databases:
+        from acctd.sources.influx import from_database  # urllib3, which takes its time to load
+
+        return from_database(databases[0], make, begin, os.environ)
+    if sources:
+        if not records:
+            raise UsageError("--from records has no directory; name at least one")
+        return gather.from_files(records, make, begin)
+    return _of_this_node(config, socket, make, begin)
+
+
+def _of_this_node(config: Config, socket: Path, make: Make, begin: Begin) -> Gathered:
+    """From the ledger where it may be read; else what the agent tells."""
+    path = config.state_dir / ledger.FILE
+    try:
+        if not path.exists():
+            raise NotFoundError(f"there is no ledger {path}; set state_dir, or name records by --from")
+        if not os.access(path, os.R_OK | os.W_OK):  # of a database with a WAL a reader writes, too
+            raise PermissionError
+    except PermissionError:
+        with Client(socket) as agent:
+            return from_agent(agent, socket, make, begin)
+    try:
+        with Client(socket) as agent:
+            open_jobs = living(agent)
+    except UnavailableError:
+        open_jobs = []  # the ledger has them as of their last reading
+    return gather.from_ledger(path, open_jobs, make, begin)
+
+
+def _written(sheet: Sheet, form: str, *, terminal: bool) -> str:
+    def page() -> str:
+        from acctd.cli.billpage import html_text  # nobody else needs it
+
+        return html_text(sheet).removesuffix("\n")
+
+    forms: dict[str, Callable[[], str]] = {
+        "table": lambda: billforms.table(sheet, terminal=terminal),
+        "csv": lambda: billforms.csv_text(sheet),
+        "json": lambda: billforms.json_text(sheet),
+        "html": page,
+    }
+    return forms[form]()
