@@ -80,8 +80,8 @@ def command(
     in the bill. Tiers, allowances and minimums are those of whole months and of all jobs that a payer has, whatever is
     selected.
     """
-    config = _config(config_path)
-    prices = _tariff(tariff_path, config)
+    config = load_config(config_path)
+    prices = load_tariff(tariff_path, config)
     now = time.time()
     begin, end = billtime.period(since, until, prices.zone, now)
     groups = tuple(word.strip() for word in group_by.split(",") if word.strip())
@@ -117,7 +117,8 @@ def command(
         raise AcctdError(f"{broken} lines could not be read and are not in the bill; mend or remove them")
 
 
-def _config(path: str | None) -> Config:
+def load_config(path: str | None) -> Config:
+    """The configuration, for commands that an ordinary user may give too."""
     try:
         return configuration.load(path, os.environ)
     except NotPermittedError:
@@ -128,7 +129,8 @@ def _config(path: str | None) -> Config:
         return default
 
 
-def _tariff(path: str | None, config: Config) -> Tariff:
+def load_tariff(path: str | None, config: Config) -> Tariff:
+    """The tariff as given, else as configured. Raises NotFoundError, ConfigError."""
     try:
         return tariff.load(path or str(config.tariff))
     except NotFoundError:
@@ -173,10 +175,10 @@ def _gathered(
         if not records:
             raise UsageError("--from records has no directory; name at least one")
         return gather.from_files(records, make, begin)
-    return _of_this_node(config, socket, make, begin)
+    return of_this_node(config, socket, make, begin)
 
 
-def _of_this_node(config: Config, socket: Path, make: Make, begin: Begin) -> Gathered:
+def of_this_node(config: Config, socket: Path, make: Make, begin: Begin) -> Gathered:
     """From the ledger where it may be read; else what the agent tells."""
     path = config.state_dir / ledger.FILE
     try:
