@@ -21,6 +21,11 @@ from acctd.measures import METERS, Meter
 
 _CURRENCY = re.compile(r"[A-Z]{3}\Z")
 _STEP = re.compile(r"\.?(\w+)|\[(\d+)\]")
+_WORDS = (
+    *(("`", ""), ("Object contains an", "there is an"), ("Object missing", "lacks the"), ("field", "key")),
+    *(("Expected", "expected"), ("Invalid", "invalid"), (" | null", ""), ("RFC3339 encoded ", ""), ("array", "list")),
+)
+"""msgspec's words, and how a reader of TOML knows them."""
 _NAME_MAX = 100
 _PLACES = 18
 """Decimal places of a price at most; as many digits may stand before the point."""
@@ -126,7 +131,7 @@ def parse(body: bytes, name: str) -> Tariff:
         data = tomllib.loads(body.decode(), parse_float=Decimal)
     except UnicodeDecodeError as e:
         raise ConfigError(f"{name}: byte {e.start} is no UTF-8; save the file as UTF-8") from None
-    except (tomllib.TOMLDecodeError, ArithmeticError, RecursionError) as e:
+    except (ValueError, ArithmeticError, RecursionError) as e:  # an integer may be too long, a table too deep
         raise ConfigError(f"{name}: this is no TOML: {e}; see tariffs/example.toml") from None
     try:
         file = msgspec.convert(data, type=_File)
@@ -164,9 +169,10 @@ def _sentence(error: msgspec.ValidationError, data: Any) -> str:
         else:
             name = value.get("name") if isinstance(value, dict) else None
             where[-1] += f" {int(index) + 1}" + (f" ({name!r})" if isinstance(name, str) else "")
-    reason = reason.replace("`", "").replace("Object contains", "there is an").replace("Object missing", "lacks the")
+    for old, new in _WORDS:
+        reason = reason.replace(old, new)
     place = f"{', '.join(where)}: " if where else ""
-    shown = "" if isinstance(value, dict | list) else f", {str(value)[:40]!r}"
+    shown = "" if isinstance(value, dict | list) or repr(value) in reason else f", {str(value)[:40]!r}"
     return f"{place}{reason}{shown}; see tariffs/example.toml"
 
 
@@ -221,9 +227,9 @@ def _item(where: str, item: Item, digits: int) -> Item:
     if item.unit not in meter.units:
         known = ", ".join(meter.units)
         raise _MistakeError(f"{where}: unit {item.unit!r} does not fit meter {item.meter}; it is one of {known}")
-    for key, value in (("classes", item.classes), ("direction", item.direction)):
+    for key, value in (("classes", ", ".join(item.classes)), ("direction", item.direction)):
         if value and not meter.network:
-            raise _MistakeError(f"{where}: {key} {value!r} is for network meters, not {item.meter}; leave it out")
+            raise _MistakeError(f"{where}: {key} {value} is for network meters, not {item.meter}; leave it out")
     if twice := next((name for name in item.classes if item.classes.count(name) > 1), None):
         raise _MistakeError(f"{where}: class {twice!r} is there twice; leave one out")
     _money(f"{where}: minimum", item.minimum, digits)
@@ -252,9 +258,9 @@ def _check_tiers(where: str, tiers: tuple[Tier, ...]) -> None:
 
 
 def _check_discount(where: str, discount: Discount, names: Iterable[str]) -> None:
-    _money(f"{where}: percent", discount.percent)
-    if discount.percent > 100:
+    if not discount.percent.is_finite() or not 0 <= discount.percent <= 100:
         raise _MistakeError(f"{where}: percent {discount.percent} is out of range; it takes 0 to 100")
+    _money(f"{where}: percent", discount.percent)
     if bool(discount.account) == bool(discount.owner):
         raise _MistakeError(f"{where}: give either an account or an owner")
     if unknown := next((name for name in discount.items if name not in names), None):
