@@ -344,7 +344,7 @@ class Ledger(SqliteFile):
             raise NotFoundError(f"no record of job {job!r}; `acctd ls` lists what there is")
         number, body, digest = row
         before = self._row("SELECT digest FROM record WHERE number < ? ORDER BY number DESC LIMIT 1", number)
-        if _digest(before[0] if before else self.anchor()[1], body) != digest:
+        if not _fits(before[0] if before else self.anchor()[1], body, digest):
             raise AcctdError(f"record {number} of job {job!r} was altered after it was signed off; restore {self.path}")
         return self._decoded(number, body)
 
@@ -423,7 +423,7 @@ class Ledger(SqliteFile):
             for number, digest, body in rows:
                 if number > upto:
                     break
-                if _digest(before, body) != digest:
+                if not _fits(before, body, digest):
                     raise AcctdError(
                         f"record {number} was altered after it was signed off, or one before it is missing; "
                         f"restore {self.path}"
@@ -480,6 +480,11 @@ def _open_job(path: Path, row: tuple, midnights: list[tuple[int, bytes]]) -> Ope
         return replace(decode_columns(row), midnights=kept)
     except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError, ValueError, UsageError) as e:
         raise LedgerError(f"ledger {path} is corrupt (open job {row[0]}: {e})", corrupt=True) from e
+
+
+def _fits(previous: object, body: object, digest: str) -> bool:
+    """Of columns that somebody may have written anything into."""
+    return isinstance(previous, str) and isinstance(body, bytes) and _digest(previous, body) == digest
 
 
 def _digest(previous: str, body: bytes) -> str:

@@ -21,9 +21,10 @@ from acctd.errors import (
     NotFoundError,
     NotPermittedError,
 )
+from acctd.integrals import Sums
 from acctd.ledger import FILE, SCHEMA, Ledger
 from acctd.meter import Stored
-from acctd.model import JobSpec, Limits, Owner, Record, parse_class
+from acctd.model import JobSpec, Limits, Midnight, Owner, Record, parse_class
 from acctd.rows import Account, Event, Place, Rule, Terms, decode_row, encode_row
 from acctd.sqlitefile import move_aside
 
@@ -82,6 +83,7 @@ def test_phases_and_accounts_survive_a_restart(path):
     account = Account(
         Stored({"network": {"OutgoingCampus": 2**62}}, {"network": {"OutgoingCampus": 1}}),
         *("h7", ("a note",), {"8:0": False}, {"network": {"OutgoingCampus": 4}}),
+        integrals=Sums(99, {"cpu_reserved": (2**62, 10**18 - 1, 500)}),
     )
     terms = Terms("1:2", 0.5, (Rule(login="ada"), Rule(group=9)), "3:4", 17, moved=True, families=True)
     with Ledger(path) as before:
@@ -264,6 +266,54 @@ def test_a_record_of_garbage_is_one_sentence_in_a_list_too(ledger, path):
         ledger.record("a")
     with pytest.raises(AcctdError, match="altered"):
         ledger.records()
+
+
+MIDNIGHTS = (
+    Midnight(10**9, {"cpu_user": {"": 1}}),
+    Midnight(86401 * 10**9, {"cpu_user": {"": 2}, "network": {"OutgoingCampus": 2**62}}),
+)
+
+
+def test_midnights_are_stored_with_the_account_and_go_with_the_job(ledger, path):
+    rows = [open_job(ledger, replace(SPEC, id=job)) for job in ("a", "b")]
+    ledger.store([(rows[0].seq, Account())], "1:2", 5, [(rows[0].seq, MIDNIGHTS[0])])
+    ledger.store([(rows[0].seq, Account())], "1:2", 6, [(rows[0].seq, each) for each in MIDNIGHTS])
+    for book in (ledger, Ledger(path)):
+        assert [row.midnights for row in book.open_jobs()] == [MIDNIGHTS, ()]
+    assert ledger.claim(ledger.open_jobs()[0], "3:4").midnights == MIDNIGHTS
+    ledger.sign_off(rows[0].seq, record("a", midnights=MIDNIGHTS))
+    ledger.forget(rows[0].seq)
+    assert ledger._rows("SELECT * FROM midnight") == []
+    assert ledger.record("a").midnights == MIDNIGHTS
+
+
+def test_midnights_go_into_a_ledger_that_takes_anothers_place(ledger, tmp_path):
+    row = open_job(ledger)
+    ledger.store([], "1:2", 5, [(row.seq, each) for each in MIDNIGHTS])
+    ledger.copy_to(tmp_path / "copy")
+    with Ledger(tmp_path / "copy") as copy, Ledger(tmp_path / "new") as new:
+        (found,) = copy.open_jobs()
+        new.begin_numbers_anew()
+        assert new.reinstate(found).seq != row.seq
+        assert found.midnights == new.open_jobs()[0].midnights == MIDNIGHTS
+
+
+def test_a_midnight_of_garbage_is_a_corrupt_ledger(ledger, path):
+    row = open_job(ledger)
+    ledger.store([], "1:2", 5, [(row.seq, MIDNIGHTS[0])])
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE midnight SET totals = x'ff'")
+    with pytest.raises(LedgerError, match="corrupt") as e:
+        ledger.open_jobs()
+    assert e.value.corrupt
+
+
+def test_limits_and_the_account_up_to_their_change_are_one(ledger):
+    row = open_job(ledger)
+    account = Account(integrals=Sums(7, {"cpu_reserved": (1, 2, 3)}))
+    ledger.set_spec(row.seq, replace(SPEC, limits=Limits(cpus=2)), account)
+    (found,) = ledger.open_jobs()
+    assert (found.spec.limits, found.account) == (Limits(cpus=2), account)
 
 
 def test_failure_inside_a_transaction_leaves_nothing(ledger):
