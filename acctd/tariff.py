@@ -22,7 +22,7 @@ from acctd.measures import METERS, Meter
 _CURRENCY = re.compile(r"[A-Z]{3}\Z")
 _STEP = re.compile(r"\.?(\w+)|\[(\d+)\]")
 _WORDS = (
-    *(("`", ""), ("Object contains an", "there is an"), ("Object missing", "lacks the"), ("field", "key")),
+    *(("`", ""), ("Object contains", "there is an"), ("Object missing", "lacks the"), ("field", "key")),
     *(("Expected", "expected"), ("Invalid", "invalid"), (" | null", ""), ("RFC3339 encoded ", ""), ("array", "list")),
 )
 """msgspec's words, and how a reader of TOML knows them."""
@@ -207,6 +207,8 @@ def _checked(file: _File) -> tuple[Period, ...]:
 
 
 def _period(where: str, period: Period, digits: int) -> Period:
+    if not 1970 <= period.valid_from.year <= 9000:
+        raise _MistakeError(f"{where}: valid_from is out of range; it takes the years 1970 to 9000")
     if not period.items:
         raise _MistakeError(f"{where} has no item; write [[period.item]]")
     names = [item.name for item in period.items]

@@ -91,6 +91,7 @@ PERIOD = "\n[[period]]\nvalid_from = {}\n[[period.item]]\nname = 'CPU'\nmeter = 
         ('currency = "USD"', 'currency = "USD"\ndigest = "x"', ["digest"]),
         ("valid_from = 2026-01-01", "valid_from = 2026-01-01T00:00:00Z", ["valid_from", "date", "2026-01-01"]),
         ("valid_from = 2026-01-01", "valid_from = 'soon'", ["valid_from", "soon"]),
+        ("valid_from = 2026-01-01", "valid_from = 0001-01-01", ["valid_from", "0001-01-01", "1970"]),
         ("valid_from = 2026-01-01", "", ["valid_from", "period 1"]),
         ('unit = "GB"', 'unit = "GBit"', ["Egress", "unit 'GBit'", "network", "GiB"]),
         ('unit = "GB"', 'unit = "core-hour"', ["Egress", "unit 'core-hour'", "network"]),
