@@ -13,6 +13,7 @@ from acctd.cli.output import say
 from acctd.errors import AcctdError, UsageError
 
 _COMMANDS = {
+    "bill": "Say what was used and what it costs.",
     "config": "Check the configuration.",
     "continue": "Let suspended jobs go on.",
     "doctor": "Say what this host can do, and what to do about what it cannot.",
@@ -23,12 +24,14 @@ _COMMANDS = {
     "ls": "List open jobs and records.",
     "ps": "List the open jobs and what they have used so far.",
     "reload": "Have the agent read its configuration again.",
+    "report": "Write a page about a job, a user or the node.",
     "run": "Run a command as a job and account for it.",
     "serve": "Run the node agent.",
     "show": "Show what a job uses, or its record.",
     "sinks": "Show how far the sinks of acctd export are.",
     "suspend": "Stop all processes of jobs for a while.",
     "top": "Show what jobs use now, refreshed.",
+    "usage-records": "Write records for a grid's accounting.",
 }
 
 _SHARED = {name: ("acts", name) for name in ("kill", "reload", "suspend")} | {"continue": ("acts", "continue_")}
@@ -45,7 +48,7 @@ class _Lazy(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, name = _SHARED.get(cmd_name, (cmd_name, "command"))
-        command: click.Command = getattr(importlib.import_module(f"acctd.cli.{module}"), name)
+        command: click.Command = getattr(importlib.import_module(f"acctd.cli.{module.replace('-', '')}"), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -183,8 +183,8 @@ def _cache(facts: Facts) -> list[Hint]:
     return [
         Hint(
             "note",
-            f"That {size(peak)} of memory was reached is page cache: copies of files, kept as long as nobody wants the "
-            f"room. The job itself needed {size(need)}.",
+            f"Most of the {size(peak)} that its memory reached is page cache: copies of files, kept as long as nobody "
+            f"wants the room. The job itself needed {size(need)}.",
         )
     ]
 
@@ -222,7 +222,7 @@ def _cpu(facts: Facts) -> list[Hint]:
         return found
     busiest = used if facts.cores_peak is None else max(facts.cores_peak, used)
     enough = max(1, math.ceil(busiest * 1.05 - 0.1))
-    idle = f"It asked for {_cores(cores)} and used {used:.2g} on average ({efficiency:.0%})"
+    idle = f"It asked for {_cores(cores)} and used {used:.2g} on average ({100 * efficiency:.0f} %)"
     if enough <= _OVER * cores and facts.cores_peak is not None:
         found.append(
             Hint("advice", f"{idle}, {busiest:.2g} in its busiest time. Ask for {_cores(float(enough))} next time.")
@@ -245,9 +245,9 @@ def _waiting(facts: Facts) -> list[Hint]:
         throttled = facts.share("cpu_throttled", 10**9)
         if some < _WAITING or (name == "cpu" and throttled >= some / 2):
             continue
-        alone = f", all of it during {full:.0%}" if full >= 0.05 else ""
+        alone = f", all of it during {100 * full:.0f} %" if full >= 0.05 else ""
         found.append(
-            Hint("advice", f"Part of it waited {what} during {min(some, 1.0):.0%} of its time{alone}. {advice}")
+            Hint("advice", f"Part of it waited {what} during {100 * min(some, 1.0):.0f} % of its time{alone}. {advice}")
         )
     return found
 

@@ -38,7 +38,6 @@ class Subject:
     why_no_points: str = ""  # one sentence, where there are none
     bill: Bill | None = None
     looked: str = ""  # which records the bill rests on
-    signed: str = ""  # the record's place in the ledger
     zone: tzinfo
 
 
@@ -71,7 +70,7 @@ def _footer(subject: Subject) -> str:
     if subject.record.state == "running":
         at = stamp(subject.record.started + subject.record.wall_ns / 1e9, subject.zone)
         return f"The job had not ended: all numbers are as of {at} and nobody has signed them."
-    return subject.signed
+    return f"From the record that was signed off on {subject.record.node} when the job had ended."
 
 
 def _facts(subject: Subject) -> Facts:
@@ -129,7 +128,7 @@ def _used(found: Facts) -> Html:
     rows: list[list[Child]] = []
 
     def row(what: str, asked: str, used: str, share: float | None) -> None:
-        percent = "" if share is None else f"{share:.0%}"
+        percent = "" if share is None else f"{100 * share:.0f} %"
         rows.append([what, asked or "not limited", used, percent, None if share is None else bar(share)])
 
     need, asked = found.need, found.limits.memory

@@ -16,8 +16,10 @@ _LINES = 400
 
 def bill_section(bill: Bill, looked: str) -> Html:
     """The bill, its header first. `looked` says which records it rests on."""
+    several = len(bill.payers) > 1
     columns = [
         Column("Item"),
+        *([Column("Payer")] if several else []),
         *([Column(" / ".join(bill.group_by).capitalize())] if bill.group_by else []),
         Column("Month"),
         Column("Prices of"),
@@ -30,6 +32,7 @@ def bill_section(bill: Bill, looked: str) -> Html:
     rows = [
         [
             f"{line.item} (so far)" if line.living else line.item,
+            *([line.payer] if several else []),
             *([" / ".join(line.group)] if bill.group_by else []),
             line.month,
             line.valid_from,
@@ -57,7 +60,7 @@ def bill_section(bill: Bill, looked: str) -> Html:
         ]
     )
     lines = table("Quantity times price is the amount", columns, rows, foot=foot)
-    return join(header, lines, [tag("p", note) for note in notes])
+    return join(header, lines, [tag("p", tag("strong", "Note: "), f"{note.removesuffix('.')}.") for note in notes])
 
 
 def top_items(bill: Bill) -> Html:

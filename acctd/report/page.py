@@ -85,13 +85,13 @@ def facts(pairs: Sequence[tuple[str, Child]]) -> Html:
     return tag("dl", [join(tag("dt", name), tag("dd", value)) for name, value in pairs if value])
 
 
-def figure(drawn: plot.Plot, caption: Child, data: Html) -> Html:
-    """A plot, what it shows in words, and the numbers behind it."""
+def figure(drawn: plot.Plot, caption: Child, data: Html | None) -> Html:
+    """A plot, what it shows in words, and the numbers behind it, unless they stand beside another plot."""
     return tag(
         "figure",
         tag("figcaption", caption),
         plot.draw(drawn),
-        tag("details", tag("summary", f"{drawn.title} as a table"), data, class_="data"),
+        None if data is None else tag("details", tag("summary", f"{drawn.title} as a table"), data),
     )
 
 

@@ -19,20 +19,22 @@ _LABEL_FROM = 0.09
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """One layer of a stack, or one line. A value each x; None where nothing is known."""
+    """One layer of a stack, or one line."""
 
     name: str
-    values: Sequence[float | None]
+    values: Sequence[float]
     style: int  # which of the sheet's colours and patterns
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A line right across: a limit, a reservation, a peak."""
+    """A line right across, or from one x to another: a limit, a reservation, a peak."""
 
     name: str
     value: float
     kind: str = "limit"  # limit or peak
+    since: float = 0.0
+    until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def _grid(plot: Plot) -> Html:
         tag(
             "g",
             texts,
-            tag("text", plot.y.unit, x=-8, y=-14, text_anchor="end", class_="unit"),
+            tag("text", plot.y.unit, x=-44, y=-16, class_="unit"),
             tag("text", plot.x_title, x="100%", y="100%", dy="2.9em", text_anchor="end", class_="unit"),
             class_="axis",
         ),
@@ -149,7 +151,7 @@ def _shapes(plot: Plot) -> Html:
         below: list[float] = [0.0] * len(_longest(plot))
         tops = []
         for band in plot.bands:
-            top = [low + (value or 0.0) for low, value in zip(below, band.values, strict=True)]
+            top = [low + value for low, value in zip(below, band.values, strict=True)]
             tops.append((band, below, top))
             below = top
         for band, low, high in tops:
@@ -162,11 +164,11 @@ def _shapes(plot: Plot) -> Html:
     return join(shapes)
 
 
-def _points(plot: Plot, values: Sequence[float | None]) -> list[tuple[int, int]]:
+def _points(plot: Plot, values: Sequence[float]) -> list[tuple[int, int]]:
     """In whole units of the drawing, those left out that change nothing."""
     points: list[tuple[int, int]] = []
     for number, value in enumerate(values):
-        y = round(HEIGHT * (1 - min((value or 0.0) / plot.y.top, 1.0)))
+        y = round(HEIGHT * (1 - min(value / plot.y.top, 1.0)))
         ends = plot.edges[number : number + 2] if plot.stepped else plot.edges[number : number + 1]
         for edge in ends:
             point = round(WIDTH * edge / plot.x.top), y
@@ -177,7 +179,7 @@ def _points(plot: Plot, values: Sequence[float | None]) -> list[tuple[int, int]]
     return points
 
 
-def _path(plot: Plot, values: Sequence[float | None]) -> str:
+def _path(plot: Plot, values: Sequence[float]) -> str:
     return _written(_points(plot, values), "M")
 
 
@@ -202,7 +204,7 @@ def _written(points: Sequence[tuple[int, int]], first: str) -> str:
     return "".join(parts)
 
 
-def _longest(plot: Plot) -> Sequence[float | None]:
+def _longest(plot: Plot) -> Sequence[float]:
     return max((band.values for band in plot.bands), key=len, default=())
 
 
@@ -213,9 +215,8 @@ def _names(plot: Plot) -> Html:
     below = [0.0] * len(_longest(plot))
     names = []
     for band in plot.bands:
-        values = [value or 0.0 for value in band.values]
-        # Not at the very edges, where half of the name would be cut off.
-        inner = [n for n in range(len(values)) if 0.1 < _middle(plot, n) / plot.x.top < 0.9]
+        values = band.values
+        inner = [n for n in range(len(values)) if _is_clear(plot, _middle(plot, n) / plot.x.top)]
         if inner:
             at = max(inner, key=lambda n: values[n])
             if values[at] >= _LABEL_FROM * plot.y.top:
@@ -228,6 +229,11 @@ def _names(plot: Plot) -> Html:
     return tag("g", names, class_="names")
 
 
+def _is_clear(plot: Plot, x: float) -> bool:
+    """Whether a name may stand there: not at the very edges, where half of it is cut off, and not on a mark."""
+    return 0.1 < x < 0.9 and all(abs(x - mark.x / plot.x.top) > 0.1 for mark in plot.marks)
+
+
 def _middle(plot: Plot, number: int) -> float:
     return (plot.edges[number] + plot.edges[number + 1]) / 2 if plot.stepped else plot.edges[number]
 
@@ -238,13 +244,15 @@ def _levels(plot: Plot) -> Html:
         if level.value > plot.y.top:
             continue
         at = f"{100 - 100 * level.value / plot.y.top:.4g}%"
-        drawn.append(tag("line", x1="0", x2="100%", y1=at, y2=at, class_=level.kind))
+        until = plot.x.top if level.until is None else level.until
+        begin, end = (f"{100 * min(x / plot.x.top, 1.0):.4g}%" for x in (level.since, until))
+        drawn.append(tag("line", x1=begin, x2=end, y1=at, y2=at, class_=level.kind))
         high = level.kind == "peak"
         drawn.append(
             tag(
                 "text",
                 level.name,
-                x="0" if high else "100%",
+                x=begin if high else end,
                 dx=6 if high else -6,
                 y=at,
                 dy="-0.4em",

@@ -7,7 +7,7 @@ from acctd.metrics import split_rule
 from acctd.model import Record
 from acctd.report.markup import Child, Html, join
 from acctd.report.page import Column, bar, table
-from acctd.report.units import decimal, duration
+from acctd.report.units import amount, decimal, duration
 
 _ROWS = 100
 """Of a table: a job has 64 classes at most, and as many devices and mounts as it likes."""
@@ -26,13 +26,13 @@ def _times(record: Record) -> Html:
         ("cpu_reserved", "Cores asked for, over time"),
     ):
         if (ns := record.totals.get(metric, {}).get("")) is not None:
-            rows.append([name, f"{ns / 3.6e12:,.4f} core-hours", duration(ns), f"{ns:,} ns"])
+            rows.append([name, f"{amount(ns / 3.6e12)} core-hours", duration(ns), f"{ns:,} ns"])
     for metric, name in (
         ("memory_resident_time", "Memory held, over time"),
         ("memory_reserved_time", "Memory asked for, over time"),
     ):
         if (kib := record.totals.get(metric, {}).get("")) is not None:
-            rows.append([name, f"{kib / 2**20 / 3600:,.4f} GiB-hours", "", f"{kib:,} KiB*s"])
+            rows.append([name, f"{amount(kib / 2**20 / 3600)} GiB-hours", "", f"{kib:,} KiB*s"])
     columns = [Column("What"), *(Column(title, number=True) for title in ("Quantity", "Time", "Exactly"))]
     return table("CPU and memory", columns, rows) if rows else join()
 

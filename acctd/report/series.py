@@ -16,12 +16,14 @@ COLUMNS = 400
 ROWS = 24
 """Of the table beside a plot."""
 
+CACHE = "page cache"
+
 KINDS: dict[str, Callable[[Point], int]] = {
     "anonymous": lambda point: point.memory_anon,
     "shared": lambda point: point.memory_shmem,
     "kernel": lambda point: point.memory_kernel,
     "swap": lambda point: point.memory_swap,
-    "page cache": lambda point: point.memory_file,
+    CACHE: lambda point: point.memory_file,
 }
 """What is stacked, from below: what the job needs first, what the kernel can give back by itself last."""
 
@@ -36,6 +38,10 @@ class Levels:
     at: Sequence[int]  # ns
     values: Mapping[str, Sequence[float]]
 
+    def sums(self) -> list[float]:
+        """All kinds together, each time."""
+        return [sum(values) for values in zip(*self.values.values(), strict=True)]
+
 
 @dataclass(frozen=True, slots=True)
 class Rates:
@@ -49,21 +55,21 @@ class Rates:
         return [sum(values) for values in zip(*self.values.values(), strict=True)]
 
 
-def memory(points: Sequence[Point], length: int, columns: int = COLUMNS) -> Levels:
-    """The kinds of memory over time, those left out that there was nothing of."""
+def memory(points: Sequence[Point], length: int, columns: int = COLUMNS, *, cached: bool = True) -> Levels:
+    """The kinds of memory over time, those left out that there was nothing of, and page cache unless `cached`."""
+    kinds = {name: kind for name, kind in KINDS.items() if cached or name != CACHE}
+
+    def total(point: Point) -> int:
+        return sum(kind(point) for kind in kinds.values())
+
     best: dict[int, Point] = {}
     for point in points:
         column = _column(point.at, length, columns)
         if column not in best or total(point) > total(best[column]):
             best[column] = point
     kept = [best[column] for column in sorted(best)]
-    values = {name: [float(kind(point)) for point in kept] for name, kind in KINDS.items()}
+    values = {name: [float(kind(point)) for point in kept] for name, kind in kinds.items()}
     return Levels([min(point.at, length) for point in kept], {name: each for name, each in values.items() if any(each)})
-
-
-def total(point: Point) -> int:
-    """All memory that a job held, in bytes."""
-    return sum(kind(point) for kind in KINDS.values())
 
 
 def limits(points: Sequence[Point], length: int) -> list[tuple[int, int]]:

@@ -4,16 +4,17 @@ Chooses what is drawn, with what scale and in what words; series.py makes the nu
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import tzinfo
 
 from acctd.metrics import split_rule
 from acctd.model import Record
 from acctd.points import Point, last_point
 from acctd.report import series
-from acctd.report.markup import Html
+from acctd.report.markup import Html, join
 from acctd.report.page import STYLES, Column, Section, figure, table
 from acctd.report.plot import Band, Level, Mark, Plot
-from acctd.report.series import Counters, Rates
+from acctd.report.series import Counters, Levels, Rates
 from acctd.report.units import bytes_scale, decimal, decimal_scale, duration, plain_scale, size, stamp, time_scale
 
 _CLASSES = STYLES - 1
@@ -22,7 +23,10 @@ _CLASSES = STYLES - 1
 _CACHE_STYLE = 5
 _KIND_STYLES = {"anonymous": 0, "shared": 1, "kernel": 2, "swap": 3, "page cache": _CACHE_STYLE}
 
-_MARKS = 20
+_HIDDEN = 0.4  # of the whole: need that is less than that is drawn once more without page cache
+_FAR = 4  # times the use: a line above that is told in words alone
+
+_LIMITS, _MARKS = 10, 20
 _NEAR = 0.05  # of the width: marks nearer to each other are one
 
 _CPU: Counters = {"user": lambda point: point.cpu_user, "system": lambda point: point.cpu_system}
@@ -55,39 +59,53 @@ def _memory(record: Record, points: Sequence[Point], zone: tzinfo) -> Section:
     length = record.wall_ns
     levels = series.memory(points, length)
     limits = series.limits(points, length)
-    highest = max(series.total(point) for point in points)
     peak = record.totals.get("memory_peak", {}).get("")
     limit = limits[-1][1] if limits else None
-    # A limit far above all use would press the plot flat; then words alone tell it.
-    shown = limit is not None and limit <= 4 * highest
-    scale = bytes_scale(1.05 * max(highest, peak or 0, limit if shown and limit else 0))
-    lines = [Level(f"limit {size(each)}", each) for _, each in limits[-2:]] if shown else []
-    if peak is not None and (limit is None or abs(peak - limit) > 0.05 * scale.top):
+    ends = [*(since for since, _ in limits[1:]), length]
+    lines = [
+        Level(f"limit {size(each)}", each, since=since, until=end)
+        for (since, each), end in zip(limits, ends, strict=True)
+    ][-_LIMITS:]
+    if peak is not None and (limit is None or not 0.9 * limit < peak < 1.1 * limit):
         lines.append(Level(f"kernel's peak {size(peak)}", peak, "peak"))
-    plot = Plot(
-        name="memory-plot",
-        title="Memory by kind",
-        description=_memory_said(record, levels.values, limit, peak),
-        x=time_scale(length),
-        y=scale,
-        edges=levels.at,
-        bands=[Band(name, values, _KIND_STYLES[name]) for name, values in levels.values.items()],
-        levels=lines,
-        marks=_shortage_marks(record, zone),
-        x_title=_since_start(length),
-    )
+    names = list(levels.values)
+    columns = [Column("After"), *(Column(name, number=True) for name in names), Column("Together", number=True)]
     coarse = series.memory(points, length, series.ROWS)
-    columns = [Column("After"), *(Column(name, number=True) for name in coarse.values), Column("Together", number=True)]
-    rows = [
-        [duration(at), *(size(value) for value in values), size(sum(values))]
-        for at, values in zip(coarse.at, _across(coarse.values.values()), strict=True)
-    ]
-    caption = (
-        "The highest reading of each stretch of time. Anonymous, shared and kernel memory are the job's need; page "
-    )
+    rows = []
+    for number, at in enumerate(coarse.at):
+        kinds = {name: values[number] for name, values in coarse.values.items()}
+        rows.append([duration(at), *(size(kinds.get(name, 0)) for name in names), size(sum(kinds.values()))])
     data = table("Memory over time, the highest reading of each stretch", columns, rows)
-    return Section(
-        "memory", "Memory", figure(plot, f"{caption}cache is given back when somebody wants the room.", data)
+    whole = _memory_plot("memory", "Memory by kind", record, levels, lines, zone)
+    whole = replace(whole, description=_memory_said(record, levels.values, limit, peak))
+    caption = (
+        "The highest reading of each stretch of time. Anonymous, shared and kernel memory are what the job needs; page "
+        "cache is given back when somebody wants the room."
+    )
+    figures = [figure(whole, caption, data)]
+    need = series.memory(points, length, cached=False)
+    if need.values and 0 < max(need.sums()) < _HIDDEN * max(levels.sums()):
+        said = f"The same without page cache, {size(max(need.sums()))} at most."
+        close = _memory_plot("need", "Memory without page cache", record, need, lines, zone)
+        figures.append(figure(replace(close, description=said), said, None))
+    return Section("memory", "Memory", join(figures))
+
+
+def _memory_plot(name: str, title: str, record: Record, levels: Levels, lines: Sequence[Level], zone: tzinfo) -> Plot:
+    highest = max(levels.sums(), default=0.0)
+    # A limit far above all use would press the plot flat; then words alone tell it.
+    shown = [line for line in lines if line.value <= _FAR * highest]
+    return Plot(
+        name=f"{name}-plot",
+        title=title,
+        description="",
+        x=time_scale(record.wall_ns),
+        y=bytes_scale(1.05 * max(highest, *(line.value for line in shown), 0.0)),
+        edges=levels.at,
+        bands=[Band(each, values, _KIND_STYLES[each]) for each, values in levels.values.items()],
+        levels=shown,
+        marks=_shortage_marks(record, zone),
+        x_title=_since_start(record.wall_ns),
     )
 
 
@@ -123,7 +141,7 @@ def _cpu(record: Record, points: Sequence[Point], final: Point) -> Section:
     cores = {name: [value / 1e9 for value in values] for name, values in drawn.values.items()}
     highest = max((sum(each) for each in _across(cores.values())), default=0.0)
     asked = record.limits.cpus
-    scale = plain_scale(1.05 * max(highest, asked if asked is not None and asked <= 4 * highest else 0.0), "cores")
+    scale = plain_scale(1.05 * max(highest, asked if asked is not None and asked <= _FAR * highest else 0.0), "cores")
     mean = (final.cpu_user + final.cpu_system) / max(record.wall_ns, 1)
     said = f"CPU over {duration(record.wall_ns)}: {mean:.3g} cores on average, {highest:.3g} in the busiest step."
     if asked is not None:

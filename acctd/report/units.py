@@ -121,6 +121,14 @@ def duration(ns: float) -> str:
     raise AssertionError  # a minute and more is one of those
 
 
+def amount(number: float) -> str:
+    """A number of hours: two decimals, and of less than a tenth three digits, wherever they begin."""
+    if 0 < number < 0.1:
+        places = 2 - math.floor(math.log10(number))
+        return f"{number:.{min(places, 12)}f}"
+    return f"{number:,.2f}"
+
+
 def stamp(epoch: float, zone: tzinfo) -> str:
     """A moment as a label: 2026-11-21 10:55:45 UTC."""
     return datetime.fromtimestamp(epoch, zone).strftime("%Y-%m-%d %H:%M:%S %Z")
