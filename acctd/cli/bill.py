@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
+import msgspec
 
 from acctd import config as configuration
-from acctd import ledger, tariff
+from acctd import ledger, statement, tariff
 from acctd.bill import Selection, Tally
 from acctd.cli import billforms, billtime
 from acctd.cli.asking import agent_options, complete_job, where
@@ -19,8 +20,10 @@ from acctd.cli.progress import progress
 from acctd.client import Client
 from acctd.config import Config
 from acctd.errors import AcctdError, NotFoundError, NotPermittedError, UnavailableError, UsageError
+from acctd.ledger import Ledger
 from acctd.sources import gather
 from acctd.sources.crew import Reader
+from acctd.sources.files import usage_of
 from acctd.sources.gather import Begin, Gathered, Make
 from acctd.sources.looked import Key
 from acctd.tariff import Tariff
@@ -94,8 +97,16 @@ def command(
     make(frozenset())  # what is wrong with the question is said before anything is opened
     target = Output("--output", output) if output is not None else None
     path = where(socket_path, config_path)
+    places = _places(sources, directories)
     with progress("reading records") as bar:
-        gathered = _gathered(sources, directories, config, path, make, bar)
+        if isinstance(places, str):
+            from acctd.sources.influx import Question, from_database  # urllib3, which takes its time to load
+
+            gathered = from_database(places, Question(select, groups, end), make, bar, os.environ)
+        elif places:
+            gathered = gather.from_files(places, make, bar)
+        else:
+            gathered = of_this_node(config, path, make, bar)
     for sentence in gathered.reader.looked.told:
         say(f"acctd: {sentence}")
     chosen = {"job": job, "user": user, "account": account, "tag": ", ".join(tags)}
@@ -137,7 +148,7 @@ def load_tariff(path: str | None, config: Config) -> Tariff:
         if path is not None:
             raise
         raise NotFoundError(
-            f"there is no tariff {config.tariff}; write it as tariffs/example.toml is, set bill.tariff, or give --tariff"
+            f"there is no tariff {config.tariff}; write one like tariffs/example.toml, or give --tariff"
         ) from None
 
 
@@ -152,9 +163,8 @@ def _tags(texts: tuple[str, ...]) -> Mapping[str, str]:
     return found
 
 
-def _gathered(
-    sources: tuple[str, ...], directories: tuple[str, ...], config: Config, socket: Path, make: Make, begin: Begin
-) -> Gathered:
+def _places(sources: tuple[str, ...], directories: tuple[str, ...]) -> str | list[Path]:
+    """A database's URL, or directories; none of them: this node. Raises UsageError."""
     databases = [source for source in sources if "://" in source]
     named = [source.removeprefix("records:") for source in sources if source.startswith("records:")]
     records = [Path(name) for name in (*named, *directories)]
@@ -167,15 +177,9 @@ def _gathered(
         raise UsageError(f"{directories[0]!r} belongs to nothing; write --from records before directories")
     if databases and (records or len(databases) > 1):
         raise UsageError("--from names a database and something else; take one source, else records would count twice")
-    if databases:
-        from acctd.sources.influx import from_database  # urllib3, which takes its time to load
-
-        return from_database(databases[0], make, begin, os.environ)
-    if sources:
-        if not records:
-            raise UsageError("--from records has no directory; name at least one")
-        return gather.from_files(records, make, begin)
-    return of_this_node(config, socket, make, begin)
+    if sources and not databases and not records:
+        raise UsageError("--from records has no directory; name at least one")
+    return databases[0] if databases else records
 
 
 def of_this_node(config: Config, socket: Path, make: Make, begin: Begin) -> Gathered:
@@ -191,10 +195,13 @@ def of_this_node(config: Config, socket: Path, make: Make, begin: Begin) -> Gath
             return from_agent(agent, socket, make, begin)
     try:
         with Client(socket) as agent:
-            open_jobs = living(agent)
+            read = living(agent)
     except UnavailableError:
-        open_jobs = []  # the ledger has them as of their last reading
-    return gather.from_ledger(path, open_jobs, make, begin)
+        read = []
+    with Ledger(path) as book:
+        # As of their last readings, and jobs of `acctd run`, which no agent reads.
+        kept = [usage_of(msgspec.json.encode(record)) for record in statement.living(book)]
+    return gather.from_ledger(path, [*kept, *read], make, begin)
 
 
 def _written(sheet: Sheet, form: str, *, terminal: bool) -> str:

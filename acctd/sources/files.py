@@ -36,7 +36,7 @@ _GZIP = b"\x1f\x8b"
 _YEAR_9999 = 253402300799.0
 
 _Count = Annotated[int, Meta(ge=0)]
-WRONG: tuple[type[Exception], ...] = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+WRONG = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What is no record raises one of these."""
 
 

@@ -66,13 +66,13 @@ def from_files(directories: Sequence[Path], make: Make, begin: Begin) -> Gathere
 
 
 def from_ledger(path: Path, living: Sequence[Usage], make: Make, begin: Begin) -> Gathered:
-    """All of this node's ledger. `living` is what the agent tells, before the ledger is read: what has ended since is a
-    record by then, and what the agent does not know, jobs of `acctd run`, the ledger does.
+    """This node's ledger, and the open jobs, as they were before it is read: one that has ended since is a record by
+    then. Of two accounts of an open job the later one in `living` counts.
     """
-    with Ledger(path) as book:
-        known = {key(usage): usage for usage in books.living(book)} | {key(usage): usage for usage in living}
-        tasks = books.numbers(book)
+    known = {key(usage): usage for usage in living}
     watched = frozenset(known)
+    with Ledger(path) as book:
+        tasks = books.numbers(book, make(watched).needed_from)
     number = sum(task.until - task.after for task in tasks)
     size = number * books.SIZE
     progress = begin(number, 0)
