@@ -59,12 +59,12 @@ def check_site(site: str) -> str:
     return site
 
 
-def message(records: Iterable[Record], *, site: str, benchmark: Benchmark | None = None) -> bytes:
-    """One message. Raises what JobFacts.of() does."""
+def message(records: Iterable[Record], *, site: str, benchmark: Benchmark) -> bytes:
+    """One message. APEL 2.5 loads no record without a benchmark. Raises what JobFacts.of() does."""
     return "".join([f"{HEADER}\n", *(_lines(JobFacts.of(record), site, benchmark) for record in records)]).encode()
 
 
-def _lines(job: JobFacts, site: str, benchmark: Benchmark | None) -> str:
+def _lines(job: JobFacts, site: str, benchmark: Benchmark) -> str:
     start, wall = job.started_us // 10**6, _seconds(job.wall_ns)
     fields: list[tuple[str, str | int | None]] = [
         ("Site", site),
@@ -87,9 +87,9 @@ def _lines(job: JobFacts, site: str, benchmark: Benchmark | None) -> str:
         ("InfrastructureType", "grid" if job.on_a_grid else "local"),
         ("MemoryReal", _kib(job.resident)),
         ("MemoryVirtual", _kib(job.charged)),
+        ("ServiceLevelType", benchmark.type),
+        ("ServiceLevel", f"{benchmark.value:f}"),
     ]
-    if benchmark is not None:
-        fields += [("ServiceLevelType", benchmark.type), ("ServiceLevel", f"{benchmark.value:f}")]
     return "".join(f"{key}: {text}\n" for key, value in fields if (text := _text(value))) + "%%\n"
 
 

@@ -4,8 +4,9 @@ The command decides which format, where and since when; exporters/outgoing.py th
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import click
@@ -30,7 +31,7 @@ _PATIENCE = 0.0  # another run writes the same records
 @click.command("usage-records")
 @click.argument("kind", metavar="FORMAT", type=click.Choice(["apel", "ur"]))
 @click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--site", metavar="NAME", help="The site, as the accounting server knows it; apel needs it.")
+@click.option("--site", metavar="NAME", help="The site, as the accounting server knows it.")
 @click.option(
     "--benchmark",
     metavar="TYPE=VALUE",
@@ -56,14 +57,12 @@ def command(
 ) -> None:
     """Write the records that were not written to DIR yet.
 
-    FORMAT apel writes messages into the outgoing queue of ssmsend (path_type dirq), FORMAT ur files of OGF Usage Record
-    2.0. What was written is noted in state_dir, for each DIR: the next run goes on after it. Whoever fetches a file may
-    remove it. Records of families are left out: what they used is in their parent's.
+    FORMAT apel writes messages into the outgoing queue of ssmsend (path_type dirq) and needs --site and --benchmark;
+    FORMAT ur writes files of OGF Usage Record 2.0. What was written is noted in state_dir, for each DIR: the next run
+    goes on after it. Whoever fetches a file may remove it. Records of families are left out: what they used is in their
+    parent's.
     """
-    if kind == "apel" and site is None:
-        raise UsageError("--site is missing; give the site's name as in GOCDB")
-    checked = apel.check_site(site) if site is not None else None
-    speed = apel.Benchmark.parse(benchmark) if benchmark is not None else None
+    encode = _encoder(kind, site, benchmark)
     earliest = _moment(since) if since is not None else None
     config = configuration.load(config_path, os.environ)
     notes = config.state_dir / NOTES
@@ -78,14 +77,21 @@ def command(
             Outgoing(kind, target, notes, place) as outgoing,
             progress("Writing") as begin,
         ):
-
-            def encode(records: Sequence[Record]) -> bytes:
-                if kind == "apel":
-                    return apel.message(records, site=checked or "", benchmark=speed)
-                return usagerecord.document(records, created=datetime.now(UTC), site=checked, benchmark=speed)
-
             done = send(book, outgoing, encode, since=earliest, anew=anew, progress=begin)
     emit(_told(done))
+
+
+def _encoder(kind: str, site: str | None, benchmark: str | None) -> Callable[[Sequence[Record]], bytes]:
+    speed = apel.Benchmark.parse(benchmark) if benchmark is not None else None
+    if kind == "ur":
+        if site is not None and not site.isprintable():
+            raise UsageError(f"--site {site!r} is no name of a site; leave out what is not printable")
+        return lambda records: usagerecord.document(records, created=datetime.now(UTC), site=site, benchmark=speed)
+    if site is None or speed is None:
+        raise UsageError(
+            "apel needs --site, the site's name in GOCDB, and --benchmark, like HEPscore23=12.5; give both"
+        )
+    return partial(apel.message, site=apel.check_site(site), benchmark=speed)
 
 
 def _queued(batch: Batch) -> tuple[str, str]:

@@ -23,6 +23,7 @@ NUMBERS = {
     *("WallDuration", "CpuDuration", "Processors", "NodeCount", "StartTime", "EndTime", "MemoryReal", "MemoryVirtual"),
 }
 WIDTHS = {"InfrastructureDescription": 100, "InfrastructureType": 20, "ServiceLevelType": 50}
+SPEED = Benchmark.parse("hepscore23=12.5")
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=400)
 
 
@@ -58,7 +59,9 @@ def read(data: bytes) -> list[dict[str, str]]:
         assert all(found.get(key, "").lower() not in ("", "none", "null") for key in NEEDED)
         assert list(found) == [key for key in KEYS if key in found]
         assert int(found["StartTime"]) <= int(found["EndTime"])
-        assert ("ServiceLevelType" in found) == ("ServiceLevel" in found)
+        assert (
+            found["ServiceLevelType"].lower() in ("si2k", "hepspec", "hepscore23") and float(found["ServiceLevel"]) > 0
+        )
         records.append(found)
     return records
 
@@ -68,7 +71,7 @@ def test_a_record_is_written_as_the_wiki_has_it():
         "DN": "/DC=org/CN=Ada Lovelace", "FQAN": "/atlas/uk/Role=production", "Queue": "long",
         "SubmitHost": "ce1.example.org:9619/long", "Scheduler": "htcondor",
     }  # fmt: skip
-    text = message([record(tags=tags)], site="EX-SITE", benchmark=Benchmark.parse("hepscore23=12.5")).decode()
+    text = message([record(tags=tags)], site="EX-SITE", benchmark=SPEED).decode()
     assert text == (
         "APEL-individual-job-message: v0.3\n"
         "Site: EX-SITE\n"
@@ -97,32 +100,33 @@ def test_a_record_is_written_as_the_wiki_has_it():
 
 
 def test_what_is_not_known_has_no_line():
-    (found,) = read(message([record(limits=Limits(), totals={})], site="EX"))
+    (found,) = read(message([record(limits=Limits(), totals={})], site="EX", benchmark=SPEED))
     assert found == {
         "Site": "EX", "MachineName": "wn1.example.org", "LocalJobId": "12.0@wn1.example.org", "LocalUserId": "ada",
         "WallDuration": "91", "CpuDuration": "0", "NodeCount": "1", "StartTime": "1700000000", "EndTime": "1700000091",
         "InfrastructureDescription": "acctd", "InfrastructureType": "local",
+        "ServiceLevelType": "HEPscore23", "ServiceLevel": "12.5",
     }  # fmt: skip
 
 
 def test_the_end_is_the_start_and_the_wall_time_whatever_the_clock_did():
-    (found,) = read(message([record(ended=5.0, wall_ns=499_999_999)], site="EX"))
+    (found,) = read(message([record(ended=5.0, wall_ns=499_999_999)], site="EX", benchmark=SPEED))
     assert (found["StartTime"], found["WallDuration"], found["EndTime"]) == ("1700000000", "0", "1700000000")
 
 
 def test_cores_of_its_own_count_where_they_are_more_than_the_quota():
-    (found,) = read(message([record(cpus="0-2,8")], site="EX"))
+    (found,) = read(message([record(cpus="0-2,8")], site="EX", benchmark=SPEED))
     assert found["Processors"] == "4"
 
 
 @pytest.mark.parametrize("job", ["none", "NULL", "Null"])
 def test_a_job_named_nothing_is_still_somebody(job):
-    (found,) = read(message([record(id=job)], site="EX"))
+    (found,) = read(message([record(id=job)], site="EX", benchmark=SPEED))
     assert found["LocalJobId"] == f"{job}@wn1.example.org"
 
 
 def test_parts_of_one_job_on_many_nodes_are_told_apart():
-    found = read(message([record(node="a"), record(node="b")], site="EX"))
+    found = read(message([record(node="a"), record(node="b")], site="EX", benchmark=SPEED))
     # What the server keeps one record of.
     assert len({(job["Site"], job["LocalJobId"], job["EndTime"]) for job in found}) == 2
 
@@ -140,7 +144,7 @@ def test_parts_of_one_job_on_many_nodes_are_told_apart():
     ],
 )
 def test_nobody_writes_a_line_of_their_own(dn, written):
-    found = read(message([record(tags={"dn": dn}), record(id="2")], site="EX"))
+    found = read(message([record(tags={"dn": dn}), record(id="2")], site="EX", benchmark=SPEED))
     assert [job.get("GlobalUserName") for job in found] == [written, None]
     assert [job["WallDuration"] for job in found] == ["91", "91"]
 
@@ -149,7 +153,7 @@ def test_htcondor_names_the_owner_its_own_way():
     tags = {
         "x509userproxysubject": "/CN=a", "x509UserProxyFirstFQAN": "/cms/Role=NULL", "x509UserProxyVOName": "cms",
     }  # fmt: skip
-    (found,) = read(message([record(tags=tags)], site="EX"))
+    (found,) = read(message([record(tags=tags)], site="EX", benchmark=SPEED))
     assert (found["GlobalUserName"], found["FQAN"], found["VO"]) == ("/CN=a", "/cms/Role=NULL", "cms")
 
 
@@ -179,7 +183,7 @@ def test_whatever_tags_say_there_are_as_many_records_as_jobs(tags, numbers):
 @pytest.mark.parametrize("started", [-1.0, float("inf"), 1e300])
 def test_a_time_that_no_date_can_say_is_refused(started):
     with pytest.raises(AcctdError, match="no date can say; see the clock of wn1"):
-        message([record(started=started)], site="EX")
+        message([record(started=started)], site="EX", benchmark=SPEED)
 
 
 @pytest.mark.parametrize("site", ["", "none", "Null", " EX", "E\nX", "É", "a%%b", "x" * 256])
