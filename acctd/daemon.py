@@ -285,7 +285,7 @@ class Daemon:
 
     def read(self, job: Job) -> None:
         """Read a job now, with the families inside it, whose networks are part of its account."""
-        for each in (job, *family.below(self.jobs, job)):
+        for each in (*family.below(self.jobs, job), job):
             self.agent.read_one(each)
 
     async def kill(self, job: Job, timeout: float = 10.0) -> set[int]:
