@@ -7,12 +7,12 @@ What failed is said again at the end. Exits with 0 if every lane did.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -49,8 +49,12 @@ def start(name: str, cpus: int) -> Lane:
     log = tempfile.TemporaryFile()
     colour = ["--color=yes"] if sys.stdout.isatty() else []
     process = subprocess.Popen(
-        # Ended in peace if we are not: prctl(2), PR_SET_PDEATHSIG. Unbuffered, to be seen as it comes.
-        ["setpriv", "--pdeathsig", "TERM", sys.executable, "-u", "-m", "pytest", *colour, f"tests/{name}"],
+        # If we are killed, it is interrupted and clears up: prctl(2), PR_SET_PDEATHSIG. Not so where that is ignored, as
+        # in a shell's background. Unbuffered, to be seen as it comes.
+        [
+            *("env", "--default-signal=INT", "setpriv", "--pdeathsig", "INT"),
+            *(sys.executable, "-u", "-m", "pytest", *colour, f"tests/{name}"),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
@@ -65,11 +69,11 @@ def said(lane: Lane, since: int) -> bytes:
     return os.pread(lane.log.fileno(), 1 << 24, since)
 
 
-def failures(lane: Lane) -> Iterator[str]:
-    """The lines of pytest's summary that name what did not pass."""
-    for line in said(lane, 0).decode(errors="replace").splitlines():
-        if line.startswith(("FAILED ", "ERROR ", "\x1b[31mFAILED", "\x1b[31mERROR")):
-            yield line
+def failures(lane: Lane) -> list[str]:
+    """The lines of pytest's summary that name what did not pass; what it said last, if it came to no summary."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", said(lane, 0).decode(errors="replace"))
+    lines = text.rpartition("short test summary info")[2].splitlines()
+    return [line for line in lines if line.startswith(("FAILED ", "ERROR "))] or lines[-3:]
 
 
 def main() -> int:
@@ -82,8 +86,7 @@ def main() -> int:
             lane.process.wait()
     bad = [lane for lane in lanes if lane.process.returncode]
     for lane in bad:
-        for line in failures(lane):
-            print(line)
+        print(f"\n######## tests/{lane.name} did not pass", *failures(lane), sep="\n")
     print("\nlane        seconds  pytest's exit status")
     for lane in lanes:
         print(f"{lane.name:<12}{lane.seconds:7.0f}  {lane.process.returncode}")
