@@ -32,7 +32,8 @@ def test_imports_point_down() -> None:
         "acctd.outlet": 5, "acctd.recovery": 5, "acctd.relays": 5, "acctd.sentry": 5, "acctd.shares": 5,
         "acctd.shortages": 5, "acctd.spoolroom": 5, "acctd.views": 5, "acctd.vigil": 5, "acctd.warden": 5,
         "acctd.watched": 5, "acctd.whereabouts": 5, "acctd.wishes": 5, "acctd.caller": 6, "acctd.daemon": 6,
-        "acctd.client": 7, "acctd.methods": 7, "acctd.server": 7, "acctd.cli": 8, "acctd.__main__": 9,
+        "acctd.client": 7, "acctd.methods": 7, "acctd.server": 7, "acctd.cli": 8, "acctd.report": 8,
+        "acctd.__main__": 9,
     }  # fmt: skip
 
     apart = {
