@@ -49,8 +49,8 @@ def start(name: str, cpus: int) -> Lane:
     log = tempfile.TemporaryFile()
     colour = ["--color=yes"] if sys.stdout.isatty() else []
     process = subprocess.Popen(
-        # If we are killed, it is interrupted and clears up: prctl(2), PR_SET_PDEATHSIG. Not so where that is ignored, as
-        # in a shell's background. Unbuffered, to be seen as it comes.
+        # If we are killed, it is interrupted and clears up: prctl(2), PR_SET_PDEATHSIG. A shell's background would have
+        # it ignore that. Unbuffered, to be seen as it comes.
         [
             *("env", "--default-signal=INT", "setpriv", "--pdeathsig", "INT"),
             *(sys.executable, "-u", "-m", "pytest", *colour, f"tests/{name}"),
