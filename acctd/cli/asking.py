@@ -72,6 +72,18 @@ def complete_job(context: click.Context, _parameter: click.Parameter, incomplete
     ]
 
 
+def no_color_option(command: _Command) -> _Command:
+    """Adds --no-color, which is NO_COLOR for one call: whoever colours something looks at that anyway."""
+
+    def note(_context: click.Context, _parameter: click.Parameter, given: bool) -> None:
+        if given:
+            os.environ["NO_COLOR"] = "1"
+
+    return click.option(
+        "--no-color", is_flag=True, expose_value=False, callback=note, help="No colours. [default: as NO_COLOR says]"
+    )(command)
+
+
 def jobs_argument(command: _Command) -> _Command:
     """Adds JOB..., at least one; the command gets them as `jobs`."""
     return click.argument("jobs", metavar="JOB...", nargs=-1, required=True, shell_complete=complete_job)(command)

@@ -7,7 +7,7 @@ import click
 import msgspec
 
 from acctd import client
-from acctd.cli.asking import agent_options, all_now, connect, readable
+from acctd.cli.asking import agent_options, all_now, connect, no_color_option, readable
 from acctd.cli.output import emit
 from acctd.cli.rates import amounts
 from acctd.cli.table import Column, duration, plain, short, tree
@@ -31,6 +31,7 @@ COLUMNS = (
 @click.command("ps")
 @click.option("--all", "everyone", is_flag=True, help="Also the jobs of others that you may see and not read.")
 @click.option("--json", "as_json", is_flag=True, help="The jobs as a JSON array, sizes in bytes, times in ns.")
+@no_color_option
 @agent_options
 def command(everyone: bool, as_json: bool, socket_path: str | None, config_path: str | None) -> None:
     """List the open jobs and what they have used so far.

@@ -1,18 +1,23 @@
 """`acctd show JOB`: a living job as of this moment, or an ended one's record; for a person, as JSON or as a ClassAd."""
 
 import os
+import shutil
+import sys
 
 import click
 import msgspec
 
-from acctd import client, ledger
+from acctd import client, history, ledger
 from acctd import config as configuration
-from acctd.cli.asking import agent_options, complete_job, connect
-from acctd.cli.output import emit
+from acctd.cli import course
+from acctd.cli.asking import agent_options, complete_job, connect, no_color_option
+from acctd.cli.output import emit, say
+from acctd.cli.spark import coloured, usable
 from acctd.cli.summary import living, shortages, summary
-from acctd.errors import NotFoundError, NotPermittedError, UnavailableError
+from acctd.errors import LedgerError, NotFoundError, NotPermittedError, UnavailableError
 from acctd.ledger import Ledger
 from acctd.model import Record
+from acctd.points import Point
 from exporters.classad import format_ad, record_ad
 
 
@@ -20,12 +25,16 @@ from exporters.classad import format_ad, record_ad
 @click.argument("job", shell_complete=complete_job)
 @click.option("--json", "form", flag_value="json", help="As JSON: the job as the agent tells it, or the record.")
 @click.option("--classad", "form", flag_value="classad", help="As a ClassAd in long form.")
+@no_color_option
 @agent_options
 def command(job: str, form: str | None, socket_path: str | None, config_path: str | None) -> None:
     """Show what JOB uses now, or its record if it has ended.
 
     The agent is asked first, and reads the job for it. Where none answers, or it has no such job, the ledger is looked
     into, which takes root.
+
+    On a terminal, root sees small plots of how memory, CPU, network and disks were used in the course of the job, as
+    far as samples of it are kept. In a pipe there are none.
     """
     try:
         with connect(socket_path, config_path) as agent:
@@ -36,7 +45,7 @@ def command(job: str, form: str | None, socket_path: str | None, config_path: st
             record = _record(job, config_path)
         except NotPermittedError:
             raise e from None  # to an ordinary user, what the agent said tells more
-        _show_record(record, form)
+        _show_record(record, form, config_path)
         return
     if form == "json":
         emit(msgspec.json.format(msgspec.json.encode(answer["job"]), indent=2).decode())
@@ -44,7 +53,8 @@ def command(job: str, form: str | None, socket_path: str | None, config_path: st
         emit(str(answer["classad"]).removesuffix("\n"))
     else:
         shown = client.job(answer["job"])
-        emit("\n".join(part for part in (living(shown), shortages(shown.shortages)) if part))
+        plots = _plots(config_path, shown.id, shown.started, course.now(shown))
+        emit("\n".join(part for part in (living(shown), plots, shortages(shown.shortages)) if part))
 
 
 def _record(job: str, config_path: str | None) -> Record:
@@ -60,12 +70,27 @@ def _record(job: str, config_path: str | None) -> Record:
             raise
 
 
-def _show_record(record: Record, form: str | None) -> None:
+def _show_record(record: Record, form: str | None, config_path: str | None) -> None:
     if form == "json":
         emit(msgspec.json.format(msgspec.json.encode(record), indent=2).decode())
     elif form == "classad":
         emit(format_ad(record_ad(record)).removesuffix("\n"))
     else:
-        emit(
-            "\n".join(part for part in (summary(record), shortages(record.shortages, record.shortages_dropped)) if part)
-        )
+        plots = _plots(config_path, record.id, record.started, None)
+        told = shortages(record.shortages, record.shortages_dropped)
+        emit("\n".join(part for part in (summary(record), plots, told) if part))
+
+
+def _plots(config_path: str | None, job: str, started: float, now: Point | None) -> str:
+    """How the job went, where that can be seen; `now` is how a living one stands."""
+    # The samples are root's, as the ledger is.
+    if not sys.stdout.isatty() or not usable(sys.stdout.encoding, os.environ) or os.geteuid() != 0:
+        return ""
+    path = configuration.load(config_path, os.environ).state_dir / history.FILE
+    try:
+        points = history.kept(path, job, started)
+    except LedgerError as e:
+        say(f"acctd: {e}")  # no reason to keep back what the job used
+        return ""
+    width = shutil.get_terminal_size().columns
+    return course.plots(points, now, width, colour=coloured(os.environ))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import click
 
 from acctd import client
-from acctd.cli.asking import agent_options, all_now, connect, readable
+from acctd.cli import spark
+from acctd.cli.asking import agent_options, all_now, connect, no_color_option, readable
 from acctd.cli.output import emit
 from acctd.cli.rates import Amounts, Clocked, Rates, amounts
 from acctd.cli.table import Column, duration, plain, short, tree
@@ -80,6 +81,7 @@ class Board:
     order: Order
     lines: list[Line] = field(default_factory=list)
     trouble: str | None = None
+    blocks: bool = False  # whether bars are drawn of blocks, or in ASCII
     _clocked: Clocked = field(default_factory=Clocked)
 
     def take(self, jobs: Sequence[Job], now: float) -> None:
@@ -91,7 +93,7 @@ class Board:
 
     def rows(self) -> list[list[str]]:
         """The table's cells in order."""
-        return [row(depth, line) for depth, line in self.order.sorted(self.lines)]
+        return [row(depth, line, blocks=self.blocks) for depth, line in self.order.sorted(self.lines)]
 
     def heading(self) -> str:
         """The node in one line. Families are in their jobs' numbers already."""
@@ -121,6 +123,7 @@ class Board:
 @click.option(
     "-n", "--count", metavar="COUNT", type=click.IntRange(min=1), help="Refreshes. [default: no end; 1 in a pipe]"
 )
+@no_color_option
 @agent_options
 def command(by: str, interval: float, count: int | None, socket_path: str | None, config_path: str | None) -> None:
     """Show what jobs use now, refreshed.
@@ -145,6 +148,7 @@ def command(by: str, interval: float, count: int | None, socket_path: str | None
     if sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
         from acctd.cli.screen import Screen  # rich, which takes its time to load
 
+        board.blocks = spark.usable(sys.stdout.encoding, os.environ)
         with Screen() as screen:
             try:
                 _full_screen(screen, board, refresh, interval, count)
@@ -154,7 +158,7 @@ def command(by: str, interval: float, count: int | None, socket_path: str | None
         _plain_tables(board, refresh, interval, count or 1)
 
 
-def row(depth: int, line: Line) -> list[str]:
+def row(depth: int, line: Line, *, blocks: bool = False) -> list[str]:
     """One job's cells."""
     job, used, rates = line.job, line.used, line.rates
     cores = job.limits.get("cpus") or os.cpu_count()
@@ -164,9 +168,9 @@ def row(depth: int, line: Line) -> list[str]:
         job.owner,
         str(len(job.pids)),
         "" if rates.cpu is None else f"{rates.cpu * 100:.0f}",
-        bar(rates.cpu, cores),
+        bar(rates.cpu, cores, blocks=blocks),
         short(used.memory),
-        bar(used.memory, memory),
+        bar(used.memory, memory, blocks=blocks),
         short(rates.received),
         short(rates.sent),
         short(rates.io),
@@ -174,11 +178,16 @@ def row(depth: int, line: Line) -> list[str]:
     ]
 
 
-def bar(value: float | None, full: float | str | None) -> str:
-    """[|||   ]: how much of `full` it is. ASCII, for every terminal there is. Nothing where either is unknown."""
+def bar(value: float | None, full: float | str | None, *, blocks: bool = False) -> str:
+    """[|||   ]: how much of `full` it is, in ASCII, for every terminal there is; in blocks to an eighth of a character.
+
+    Nothing where either is unknown.
+    """
     if value is None or not isinstance(full, float | int) or full <= 0:
         return ""
     inside = _BAR - 2
+    if blocks:
+        return f"[{spark.bar(value / full, inside)}]"
     filled = min(inside, round(value / full * inside))
     return f"[{'|' * filled}{' ' * (inside - filled)}]"
 

@@ -1,0 +1,101 @@
+"""`acctd show` on a terminal: how a job went, in a line each; and nothing of it anywhere else."""
+
+import re
+import subprocess
+from collections.abc import Callable
+
+from tests.kernel.served import Served
+from tests.kernel.test_admin import COLOUR, Terminal, bare, busy, on_terminal
+
+__all__ = ["busy", "on_terminal"]
+
+BLOCKS = re.compile("[▁-█]")
+HEADING = "in the course of"
+
+
+def quick(served: Served) -> None:
+    """Samples every fifth of a second."""
+    served.node.config.write_text("poll_interval = 0.2\n" + served.node.config.read_text())
+    served.ok("Reload")
+
+
+def shown(on_terminal: Callable[..., Terminal], *arguments: str, **environ: str) -> str:
+    terminal = on_terminal("show", *arguments, **environ)
+    assert terminal.wait() == 0
+    return terminal.seen
+
+
+def plotted(on_terminal: Callable[..., Terminal]) -> list[str]:
+    """The lines of job 42.0, once enough samples are kept."""
+    for _ in range(300):
+        lines = bare(shown(on_terminal, "42.0")).splitlines()
+        for number, line in enumerate(lines):
+            if line.startswith(f"  {HEADING}") and len(BLOCKS.findall(lines[number + 1])) > 8:
+                return lines[number:]
+    raise AssertionError(lines)
+
+
+def test_a_living_job_and_its_record_are_plotted_on_a_terminal(
+    served: Served, busy: subprocess.Popen[str], on_terminal: Callable[..., Terminal]
+) -> None:
+    quick(served)
+    lines = plotted(on_terminal)
+    assert re.fullmatch(r"    memory +min +\S+  max +\S+  now +\S+  [▁-█]+", lines[1])
+    assert re.fullmatch(r"    cores +min +\d\.\d\d  max +\d\.\d\d  now +\d\.\d\d  [▁-█]+", lines[2])
+    assert max(map(len, lines)) <= 80
+    busy.kill()
+    busy.wait()
+    served.ok("Finish", job="42.0")
+    ended = bare(shown(on_terminal, "42.0"))
+    assert HEADING in ended
+    assert re.search(r"    memory +min +\S+  max +\S+  last +\S+  [▁-█]+", ended)
+
+
+def test_no_plot_where_none_can_be_seen(
+    served: Served, busy: subprocess.Popen[str], on_terminal: Callable[..., Terminal]
+) -> None:
+    quick(served)
+    plotted(on_terminal)
+    assert COLOUR.search(shown(on_terminal, "42.0"))
+    for arguments, environ in (((), {"NO_COLOR": "1"}), (("--no-color",), {})):
+        plain = shown(on_terminal, *arguments, "42.0", **environ)
+        assert BLOCKS.search(plain)
+        assert "\x1b" not in plain
+    for environ in ({"TERM": "dumb"}, {"PYTHONIOENCODING": "ascii"}):
+        assert HEADING not in shown(on_terminal, "42.0", **environ)
+    for form in ("--json", "--classad"):
+        assert HEADING not in shown(on_terminal, "42.0", form)
+    piped = served.node.acctd("show", "42.0").stdout
+    assert HEADING not in piped
+    assert "\x1b" not in piped
+    assert piped.isascii()
+
+
+def test_samples_that_are_damaged_keep_back_nothing_else(
+    served: Served, busy: subprocess.Popen[str], on_terminal: Callable[..., Terminal]
+) -> None:
+    quick(served)
+    plotted(on_terminal)
+    served.ok("Finish", job="42.0")
+    assert served.stop() == 0
+    for path in (served.node.directory / "state").glob("samples.sqlite*"):
+        path.write_bytes(b"no database" * 1000)
+    seen = bare(shown(on_terminal, "42.0"))
+    assert "job 42.0 of root" in seen
+    assert "acctd: samples" in seen
+    assert HEADING not in seen
+
+
+def test_bars_of_top_are_blocks_where_these_can_be_seen(
+    served: Served, busy: subprocess.Popen[str], on_terminal: Callable[..., Terminal]
+) -> None:
+    top = on_terminal("top", "--interval", "0.3", TERM="xterm-256color")
+    top.until_shown(r"42\.0 +root +1 +\d+  \[[█▏▎▍▌▋▊▉]")
+    top.type("q")
+    assert top.wait() == 0
+    for environ in ({"TERM": "linux"}, {"PYTHONIOENCODING": "ascii"}):
+        top = on_terminal("top", "--interval", "0.3", **environ)
+        seen = top.until_shown(r"42\.0 +root +1 +\d+  \[\|")
+        top.type("q")
+        assert top.wait() == 0
+        assert not BLOCKS.search(seen + top.seen)
