@@ -63,7 +63,7 @@ class _Collector:
     ) -> None:
         self._database, self._question, self._progress = database, question, progress
         self._tally, self._looked, self._since = reader.tally, reader.looked, reader.needed_from
-        self._fields = dict(_billed(row["fieldKey"] for row in database.ask("SHOW FIELD KEYS FROM acctd_record")))
+        self._fields = dict(_billed(database.fields("acctd_record")))
 
     def collect(self) -> None:
         """Everything that the bill needs."""

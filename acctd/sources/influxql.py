@@ -73,6 +73,13 @@ class Database:
         except (HTTPError, OSError) as e:
             raise UnavailableError(f"{sink.url} cannot be asked ({_plain(e)}); see that it runs, and the url") from e
 
+    def fields(self, measurement: str) -> Iterator[str]:
+        """The fields that a measurement has; none where there is no such."""
+        for row in self.ask(f"SHOW FIELD KEYS FROM {identifier(measurement)}"):
+            if "fieldKey" not in row:
+                raise self._refused(f"asked for fields, it tells {_words(repr(dict(row)).encode())}")
+            yield row["fieldKey"]
+
     def _rows(self, piece: bytes) -> Iterator[Row]:
         try:
             document = json.loads(piece)
@@ -90,7 +97,7 @@ class Database:
     def _refused(self, words: str) -> UnavailableError:
         return UnavailableError(
             f"{self._sink.url} gives no answer in InfluxQL ({words}); it takes InfluxDB 1, or a later one that has its "
-            "/query; others can be billed by --from records"
+            "/query; others can be billed by --from records DIR"
         )
 
 
