@@ -8,6 +8,7 @@ is put aside and begun anew. Several processes may write.
 
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from acctd.errors import AcctdError, ConfigError, LedgerError
 from acctd.model import Record
 from acctd.points import Point, encode
-from acctd.samplefile import FILE, PIECE, SampleFile, Size, Waiting, Whose
+from acctd.samplefile import FILE, SampleFile, Size, Whose
 
 __all__ = ["FILE", "History", "Point", "Size", "Whose", "kept", "reading"]
 
@@ -64,7 +65,7 @@ class History:
         self._full, self._minutes = full, max(full, minutes)
         self._together, self._patience = together, patience
         self._lock = threading.Lock()
-        self._pending: dict[Whose, Waiting] = {}
+        self._pending: dict[Whose, list[tuple[int, bytes]]] = {}  # at, and the point encoded
         self._ended: list[Record] = []
         self._known: dict[int, int] = {}  # jobs that have their row, and how often points of theirs were written
         self._calls = 0
@@ -77,18 +78,20 @@ class History:
         """Write what waits, if it can be written now, and give the file back."""
         with self._lock:
             with suppress(AcctdError):
-                self._write(list(self._pending))
+                self._write(list(self._pending), time.time())
             self._file.close()
 
-    def append(self, points: Iterable[tuple[Whose, Point]], ended: Iterable[Record] = (), lost: int = 0) -> None:
-        """Keep points, the ends of jobs that have some, and how many others were lost.
+    def append(
+        self, points: Iterable[tuple[Whose, Point]], now: float, ended: Iterable[Record] = (), lost: int = 0
+    ) -> None:
+        """Keep points, the ends of jobs that have some, and how many others were lost. `now`: s since the epoch.
 
         What cannot be written now is written with the next; LedgerError says so.
         """
         with self._lock:
             self._calls += 1
             for whose, each in points:
-                self._pending.setdefault(whose, []).append((each.at // PIECE, encode(each)))
+                self._pending.setdefault(whose, []).append((each.at, encode(each)))
             self._ended += ended
             self._lost += lost
             over = {(record.id, record.started) for record in self._ended}
@@ -98,7 +101,7 @@ class History:
                 if (whose.id, whose.started) in over or self._is_due(whose.seq, len(waiting))
             ]
             try:
-                self._write(due)
+                self._write(due, now)
             except AcctdError:
                 self._shed()
                 raise
@@ -108,7 +111,7 @@ class History:
         young = self._known.get(seq, 0) < self._together
         return young or waiting > self._together or (self._calls + seq) % self._together == 0
 
-    def _write(self, due: list[Whose]) -> None:
+    def _write(self, due: list[Whose], now: float) -> None:
         if not (due or self._ended or self._lost):
             return
         points = {whose: self._pending[whose] for whose in due}
@@ -116,7 +119,7 @@ class History:
 
         def write(file: SampleFile) -> None:
             new = {whose.seq for whose in due if whose.seq not in self._known}
-            ended.update(file.write(points, new, self._ended, self._lost))
+            ended.update(file.write(points, now, new=new, ended=self._ended, lost=self._lost))
 
         self._trying(write)
         for whose in due:
@@ -137,10 +140,10 @@ class History:
             del self._ended[:over]
             self._lost += over
 
-    def settle(self, open_jobs: Collection[int]) -> None:
+    def settle(self, open_jobs: Collection[int], now: float) -> None:
         """Only these jobs (by seq) are there: others that are taken to live have ended. Raises LedgerError."""
         with self._lock:
-            self._trying(lambda file: file.settle(open_jobs))
+            self._trying(lambda file: file.settle(open_jobs, now))
 
     def thin(self, now: float, limit: int = 100) -> int:
         """Thin pieces that have come of age, `limit` at most; how many these were. `now`: s since the epoch.

@@ -55,6 +55,7 @@ class Point(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Point])
+_PRESSED = b"\x78"  # RFC 1950: CMF of a window of 32 KiB; a Point begins with an array's mark
 
 
 def point(at: int, totals: Mapping[Key, int], limit: int | None, stacked: Collection[str]) -> Point:
@@ -99,17 +100,21 @@ def encode(point: Point) -> bytes:
     return _encoder.encode(point)
 
 
-def packed(bodies: Iterable[bytes], *, compressed: bool) -> bytes:
-    """Encoded points in one piece."""
-    body = b"".join(bodies)
-    return zlib.compress(body) if compressed else body
+def packed(bodies: Iterable[bytes]) -> bytes:
+    """Encoded points in one piece that others may be added to."""
+    return b"".join(bodies)
 
 
-def unpacked(body: bytes, *, compressed: bool) -> bytes:
+def pressed(body: bytes) -> bytes:
+    """A piece made small, once nothing is added to it any more."""
+    return body if body.startswith(_PRESSED) else zlib.compress(body)
+
+
+def unpressed(body: bytes) -> bytes:
     """The reverse. Raises zlib.error for what was not written here."""
-    return zlib.decompress(body) if compressed else body
+    return zlib.decompress(body) if body.startswith(_PRESSED) else body
 
 
 def decode(count: int, body: bytes) -> list[Point]:
-    """So many points. Raises msgspec.MsgspecError for what was not written here."""
-    return _decoder.decode(b"\xdd" + count.to_bytes(4, "big") + body)
+    """A piece's points, of which there are so many. Raises msgspec.MsgspecError and zlib.error for another one."""
+    return _decoder.decode(b"\xdd" + count.to_bytes(4, "big") + unpressed(body))

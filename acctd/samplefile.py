@@ -1,14 +1,15 @@
 """samples.sqlite: what is kept of how jobs went, in one SQLite file that is bounded.
 
-A job's points lie in pieces of five minutes of its own time, a row each, so that thinning looks only at pieces that
-have come of age, and a reader at those of its job. Pages that become free are used again, and SQLite takes none above
-the bound. Stores, thins and finds; what is to be done when it cannot, history.py knows.
+A job's points lie in pieces, a row each: all of five minutes of its own time, the first of each minute of an hour, the
+first of each hour of a day. So thinning looks only at pieces that have come of age, and a reader at those of its job.
+Pages that become free are used again, and SQLite takes none above the bound. Stores, thins and finds; what is to be
+done when it cannot, history.py knows.
 """
 
 import os
-import time
+import sqlite3
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,23 +17,23 @@ from typing import NamedTuple
 
 import msgspec
 
-from acctd.errors import LedgerError
+from acctd.errors import AcctdError, LedgerError
 from acctd.model import Record
-from acctd.points import Point, decode, encode, last_point, packed, unpacked
+from acctd.points import Point, decode, encode, last_point, packed, pressed, unpressed
 from acctd.sqlitefile import SqliteFile
 
 FILE = "samples.sqlite"
 """Its name in state_dir."""
 
-PIECE = 300 * 10**9
-"""ns of a job's time whose points lie in one row: a minute is a part of it, an hour some of them."""
-
 _MINUTE, _HOUR = 60 * 10**9, 3600 * 10**9
+_PIECES = (300 * 10**9, _HOUR, 24 * _HOUR)
+"""ns of a job's time whose points lie in one row, by level. Each is a whole number of those before."""
+_UNITS = (1, _MINUTE, _HOUR)
+"""ns of which the first point is kept, by level."""
 _BITS = 22  # of a row's key for the number of its piece: 39 years
-_MASK = (1 << _BITS) - 1
 _PAGE = 4096
-_LOG = 4 * 2**20
-"""Bytes that SQLite's log is cut to once all in it is in the file, which it sees to every 1000 pages."""
+_LOG = 8 * 2**20
+"""Bytes of SQLite's log of what is not yet in the file, at most: it is written there when half of that is full."""
 _SPARE = 16  # pages
 _AT_ONCE = 500  # jobs or pieces that are dropped in one transaction
 
@@ -48,9 +49,9 @@ CREATE INDEX job_ended ON job (ended, seq);
 CREATE TABLE piece (
     key INTEGER PRIMARY KEY,       -- job and piece, see _key()
     level INTEGER NOT NULL,        -- 0: all points, 1: the first of each minute, 2: of each hour
-    written REAL NOT NULL,         -- s since the epoch, when its first point was
+    written REAL NOT NULL,         -- s since the epoch, when its first point was written
     points INTEGER NOT NULL,
-    body BLOB NOT NULL             -- MessagePack of Point, one after the other; from level 1 on compressed
+    body BLOB NOT NULL             -- points.packed, or pressed once it is full or has been thinned
 );
 CREATE INDEX piece_age ON piece (level, written);
 CREATE TABLE lost (why TEXT PRIMARY KEY, points INTEGER NOT NULL) WITHOUT ROWID;
@@ -64,10 +65,6 @@ class Whose(NamedTuple):
     seq: int
     id: str
     started: float  # s since the epoch: `created` in its row, `started` in its record
-
-
-Waiting = list[tuple[int, bytes]]
-"""Points of one job: the piece that each is in, and the point encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,31 +84,48 @@ class SampleFile(SqliteFile):
     kind, schema, tables = "samples", 1, _TABLES
 
     def __init__(self, path: Path, max_bytes: int = 2**30, *, patience: float = 1.0) -> None:
-        # Beside the file lies SQLite's log of what is not yet in it.
-        self._pages = (max_bytes - min(max_bytes // 4, _LOG)) // _PAGE
+        self._log = min(max_bytes // 4, _LOG)
+        self._pages = (max_bytes - self._log) // _PAGE
         super().__init__(path, patience=patience, any_thread=True)
         self._bound()
 
     def _before_tables(self) -> None:
         self._db.execute(f"PRAGMA page_size = {_PAGE}")
         self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        self._db.execute(f"PRAGMA journal_size_limit = {_LOG}")
+        self._db.execute(f"PRAGMA wal_autocheckpoint = {self._log // _PAGE // 2}")
+        self._db.execute(f"PRAGMA journal_size_limit = {self._log // 2}")
+
+    def _trouble(self, error: Exception) -> AcctdError:
+        if "no such" in str(error):  # table or column: somebody else has changed it
+            return LedgerError(f"{self.kind} {self.path} is corrupt ({error})", corrupt=True)
+        return super()._trouble(error)
 
     # Writing
 
-    def write(self, points: dict[Whose, Waiting], new: Collection[int], ended: Iterable[Record], lost: int) -> set[int]:
-        """Keep points, ends of jobs, and how many points were lost; the jobs that ended. `new` may have no row yet."""
+    def write(
+        self,
+        points: Mapping[Whose, Sequence[tuple[int, bytes]]],
+        now: float,
+        *,
+        new: Collection[int] = (),
+        ended: Iterable[Record] = (),
+        lost: int = 0,
+    ) -> set[int]:
+        """Keep points (`at` and the point encoded), ends of jobs, and how many points were lost; the jobs that ended.
+
+        `new`: jobs that may have no row yet. `now`: s since the epoch.
+        """
         size = sum(len(body) for waiting in points.values() for _, body in waiting)
         with self._writing() as db:
             self._make_room(len(points) + size // _PAGE + _SPARE)
             for whose, waiting in points.items():
                 if whose.seq in new:
                     self._begin(whose)
-                for slot, group in groupby(waiting, key=lambda each: each[0]):
-                    self._add(_key(whose.seq, slot), [body for _, body in group])
+                for key, group in groupby(waiting, key=lambda each: _key(whose.seq, 0, each[0])):
+                    self._add(key, now, [body for _, body in group])
             if lost:
                 db.execute("UPDATE lost SET points = points + ? WHERE why = 'disk'", (lost,))
-            return {seq for record in ended if (seq := self._finish(record)) is not None}
+            return {seq for record in ended if (seq := self._finish(record, now)) is not None}
 
     def _begin(self, whose: Whose) -> None:
         row = self._db.execute("SELECT id, started FROM job WHERE seq = ?", (whose.seq,)).fetchone()
@@ -122,71 +136,81 @@ class SampleFile(SqliteFile):
             self._drop_job(whose.seq)  # another ledger gave this number to another job
         self._db.execute("INSERT INTO job (seq, id, started) VALUES (?, ?, ?)", whose)
 
-    def _add(self, key: int, bodies: list[bytes]) -> None:
-        row = self._db.execute("SELECT level, points, body FROM piece WHERE key = ?", (key,)).fetchone()
+    def _add(self, key: int, now: float, bodies: list[bytes]) -> None:
+        row = self._db.execute("SELECT points, body FROM piece WHERE key = ?", (key,)).fetchone()
         if row is None:
-            values = (key, time.time(), len(bodies), packed(bodies, compressed=False))
-            self._db.execute("INSERT INTO piece (key, level, written, points, body) VALUES (?, 0, ?, ?, ?)", values)
-            return
-        level, points, body = row
-        bodies = [unpacked(body, compressed=level > 0), *bodies]
-        self._put(key, level, points + len(bodies) - 1, packed(bodies, compressed=level > 0))
+            self._press(key)
+            self._put(key, 0, now, len(bodies), packed(bodies))
+        else:
+            points, body = row
+            body = packed([unpressed(body), *bodies])
+            self._db.execute("UPDATE piece SET points = ?, body = ? WHERE key = ?", (points + len(bodies), body, key))
 
-    def _put(self, key: int, level: int, points: int, body: bytes) -> None:
-        self._db.execute("UPDATE piece SET level = ?, points = ?, body = ? WHERE key = ?", (level, points, body, key))
+    def _put(self, key: int, level: int, written: float, points: int, body: bytes) -> None:
+        values = (key, level, written, points, body)
+        self._db.execute("INSERT INTO piece (key, level, written, points, body) VALUES (?, ?, ?, ?, ?)", values)
 
-    def _finish(self, record: Record) -> int | None:
+    def _press(self, before: int) -> None:
+        """Another piece of the same job is begun: nothing is added to the one before any more."""
+        query = "SELECT key, body FROM piece WHERE key >= ? AND key < ? ORDER BY key DESC LIMIT 1"
+        row = self._db.execute(query, (_key(_seq(before), 0, 0), before)).fetchone()
+        if row is not None:
+            self._db.execute("UPDATE piece SET body = ? WHERE key = ?", (pressed(row[1]), row[0]))
+
+    def _finish(self, record: Record, now: float) -> int | None:
         """A job that was never read has no points, and needs none: its record says it all."""
         seq = self.find(record.id, record.started)
         if seq is None:
             return None
         end = last_point(record)
-        newest = self.points(seq, "ORDER BY key DESC LIMIT 1")
+        newest = self.points(seq, "DESC LIMIT 1")
         if newest and newest[-1].at >= end.at:
             # It was read once more before somebody said that it had ended.
             end = msgspec.structs.replace(end, at=newest[-1].at + 1)
-        self._add(_key(seq, end.at // PIECE), [encode(end)])
-        self._db.execute("UPDATE job SET ended = ? WHERE seq = ?", (time.time(), seq))
+        self._add(_key(seq, 0, end.at), now, [encode(end)])
+        self._press(_first(seq + 1))
+        self._db.execute("UPDATE job SET ended = ? WHERE seq = ?", (now, seq))
         return seq
 
-    def settle(self, open_jobs: Collection[int]) -> None:
+    def settle(self, open_jobs: Collection[int], now: float) -> None:
         """Only these jobs (by seq) are there: others that are taken to live have ended."""
         with self._writing() as db:
             living = db.execute("SELECT seq FROM job WHERE ended IS NULL").fetchall()
-            ended = [(time.time(), seq) for (seq,) in living if seq not in open_jobs]
+            ended = [(now, seq) for (seq,) in living if seq not in open_jobs]
             db.executemany("UPDATE job SET ended = ? WHERE seq = ?", ended)
 
     # Thinning
 
     def thin(self, full: float, minutes: float, limit: int) -> int:
-        """Leave of pieces from before `full` the first point of each minute, of those from before `minutes` that of
-        each hour (s since the epoch), in `limit` pieces at most; how many these were.
+        """Leave of what is from before `full` the first point of each minute, of what is from before `minutes` that of
+        each hour (s since the epoch); of `limit` pieces at most. How many these were.
         """
         done = 0
         with self._writing() as db:
-            for level, before, unit in ((0, full, _MINUTE), (1, minutes, _HOUR)):
-                query = "SELECT key, points, body FROM piece WHERE level = ? AND written <= ? ORDER BY written, key"
-                values = (level, before - PIECE / 10**9, limit - done)
-                rows = db.execute(f"{query} LIMIT ?", values).fetchall()
-                for key, count, body in rows:
-                    self._thin_piece(key, level, self._points_in(level, count, body), unit)
+            for level, before in ((0, full), (1, minutes)):
+                query = "SELECT key, written, points, body FROM piece WHERE level = ? AND written <= ?"
+                values = (level, before - _PIECES[level] / 10**9, limit - done)
+                rows = db.execute(f"{query} ORDER BY written, key LIMIT ?", values).fetchall()
+                for key, written, count, body in rows:
+                    self._raise(key, level + 1, written, self._points_in(count, body))
+                    db.execute("DELETE FROM piece WHERE key = ?", (key,))
                 done += len(rows)
-            self._shrink()
+        self._shrink()
         return done
 
-    def _thin_piece(self, key: int, level: int, points: list[Point], unit: int) -> None:
-        few: list[Point] = []
+    def _raise(self, key: int, level: int, written: float, points: list[Point]) -> None:
+        """Put of a piece what is left at the next level into its piece there."""
+        unit = _UNITS[level]
+        to = _key(_seq(key), level, points[0].at)
+        row = self._db.execute("SELECT written, points, body FROM piece WHERE key = ?", (to,)).fetchone()
+        few = self._points_in(row[1], row[2]) if row is not None else []
         for each in points:
             if not few or each.at // unit != few[-1].at // unit:
                 few.append(each)
-        if unit > PIECE and self._is_any(key - (key & _MASK) % (unit // PIECE), key):
-            del few[0]  # an earlier piece has the first of this hour
-        if points[-1] not in few and not self._is_any(key + 1, (key | _MASK) + 1):
-            few.append(points[-1])
-        if few:
-            self._put(key, level + 1, len(few), packed(map(encode, few), compressed=True))
-        else:
-            self._db.execute("DELETE FROM piece WHERE key = ?", (key,))
+        if points[-1] != few[-1] and not self._is_any(key + 1, _first(_seq(key) + 1)):
+            few.append(points[-1])  # the job's last one
+        self._db.execute("DELETE FROM piece WHERE key = ?", (to,))
+        self._put(to, level, row[0] if row is not None else written, len(few), pressed(packed(map(encode, few))))
 
     def _is_any(self, first: int, end: int) -> bool:
         """Whether there are pieces from one key up to before another."""
@@ -219,7 +243,7 @@ class SampleFile(SqliteFile):
         return self._pragma("page_count") - self._pragma("freelist_count") + need - self._pages
 
     def _drop_job(self, seq: int) -> None:
-        span = _key(seq, 0), _key(seq + 1, 0)
+        span = _first(seq), _first(seq + 1)
         row = self._db.execute("SELECT total(points) FROM piece WHERE key >= ? AND key < ?", span).fetchone()
         self._db.execute("DELETE FROM piece WHERE key >= ? AND key < ?", span)
         self._db.execute("DELETE FROM job WHERE seq = ?", (seq,))
@@ -231,8 +255,12 @@ class SampleFile(SqliteFile):
     def _shrink(self) -> None:
         """Free pages are used again. Where many are free, or the bound was set lower, the file system gets them."""
         total, free = self._pragma("page_count"), self._pragma("freelist_count")
-        if free > max(_LOG // _PAGE, total // 2) or (free and total > self._pages):
-            self._db.execute(f"PRAGMA incremental_vacuum({_AT_ONCE})").fetchall()
+        if free > max(self._log // _PAGE, total // 2) or (free and total > self._pages):
+            try:
+                # Not execute(), which would take its first step alone: one page.
+                self._db.executescript(f"PRAGMA incremental_vacuum({_AT_ONCE})")
+            except sqlite3.Error as e:
+                raise self._trouble(e) from e
             self._bound()
 
     def _bound(self) -> None:
@@ -244,17 +272,17 @@ class SampleFile(SqliteFile):
 
     # Reading
 
-    def points(self, seq: int, clause: str = "ORDER BY key") -> list[Point]:
+    def points(self, seq: int, which: str = "") -> list[Point]:
         """The points of a job by its row in the ledger, oldest first."""
         rows = self._rows(
-            f"SELECT level, points, body FROM piece WHERE key >= ? AND key < ? {clause}",  # noqa: S608  # our own words
-            *(_key(seq, 0), _key(seq + 1, 0)),
+            f"SELECT points, body FROM piece WHERE key >= ? AND key < ? ORDER BY key {which}",  # noqa: S608  # ours
+            *(_first(seq), _first(seq + 1)),
         )
         return sorted((each for row in rows for each in self._points_in(*row)), key=lambda each: each.at)
 
-    def _points_in(self, level: int, count: int, body: bytes) -> list[Point]:
+    def _points_in(self, count: int, body: bytes) -> list[Point]:
         try:
-            return decode(count, unpacked(body, compressed=level > 0))
+            return decode(count, body)
         except (msgspec.MsgspecError, zlib.error) as e:
             raise LedgerError(f"{self.kind} {self.path} is corrupt ({e})", corrupt=True) from e
 
@@ -272,6 +300,16 @@ class SampleFile(SqliteFile):
         return Size(size, jobs, int(points), lost["room"], lost["disk"])
 
 
-def _key(seq: int, slot: int) -> int:
-    """A piece's place: by job, then by time."""
-    return (seq << _BITS) + min(slot, _MASK)
+def _key(seq: int, level: int, at: int) -> int:
+    """A piece's place: by job, then by level, the oldest first, then by time."""
+    slot = min(at // _PIECES[level], (1 << _BITS) - 1)
+    return (seq << 2 | 2 - level) << _BITS | slot
+
+
+def _first(seq: int) -> int:
+    """Below all keys of a job."""
+    return seq << _BITS + 2
+
+
+def _seq(key: int) -> int:
+    return key >> _BITS + 2

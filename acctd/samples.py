@@ -101,7 +101,7 @@ class Samples:
         try:
             history = self._opened()
             lost, self._lost = self._lost, 0
-            history.append(points, finished, lost)
+            history.append(points, time.time(), finished, lost)
             history.thin(time.time())
         except AcctdError as e:
             if self._history is None:
@@ -124,7 +124,7 @@ class Samples:
                 patience=self._patience,
             )
         if self._open_jobs is not None:
-            self._history.settle(self._open_jobs)
+            self._history.settle(self._open_jobs, time.time())
             self._open_jobs = None
         return self._history
 
