@@ -23,6 +23,9 @@ _STEPS = (
 )
 """ns between two ticks of a time axis."""
 
+_LEAST = 1e-6
+"""Of a plain axis; less than that is drawn at its foot."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scale:
@@ -51,7 +54,7 @@ def decimal_scale(highest: float, unit: str, ticks: int = 5) -> Scale:
 
 def plain_scale(highest: float, unit: str, ticks: int = 5) -> Scale:
     """Cores, hours: small numbers, with as many decimals as the step has."""
-    highest = highest if highest > 0 else 1.0
+    highest = max(highest, _LEAST) if highest > 0 else 1.0
     return _scale(highest, _round(highest / ticks), 1.0, unit)
 
 
@@ -64,7 +67,7 @@ def _round(step: float) -> float:
 def _scale(highest: float, step: float, factor: float, unit: str) -> Scale:
     count = max(1, math.ceil(highest / step - 1e-9))
     places = max(0, -math.floor(math.log10(step / factor) + 1e-9)) if step < factor else 0
-    if (step / factor) * 10**places % 1 > 1e-6:  # powers of two in another unit: 0.5, 0.25
+    if abs(step / factor * 10**places - round(step / factor * 10**places)) > 1e-6:  # a quarter of a GiB
         places = 2
     ticks = tuple((n * step, _number(n * step / factor, places)) for n in range(count + 1))
     return Scale(count * step, ticks, unit)
