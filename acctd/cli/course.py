@@ -73,7 +73,8 @@ def _words(label: str, least: str, most: str, last: str, word: str) -> str:
 
 
 def _memory(point: Point) -> int:
-    return point.memory_anon + point.memory_shmem + point.memory_file
+    """What is resident, as in ps and top: the page cache is no need of the job's."""
+    return point.memory_anon + point.memory_shmem
 
 
 def _way(point: Point, prefix: str) -> int:

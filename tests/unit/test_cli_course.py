@@ -16,7 +16,7 @@ def point(at: int, **values: object) -> Point:
 
 
 KEPT = [
-    point(10, memory_anon=MIB, memory_file=MIB, cpu_user=5 * SECOND, network={"OutgoingExternal": 10240}),
+    point(10, memory_anon=2 * MIB, memory_file=MIB, cpu_user=5 * SECOND, network={"OutgoingExternal": 10240}),
     point(20, memory_anon=8 * MIB, cpu_user=20 * SECOND, cpu_system=5 * SECOND, network={"OutgoingExternal": 10240}),
 ]
 NOW = point(40, memory_shmem=4 * MIB, cpu_user=20 * SECOND, cpu_system=5 * SECOND, network={"OutgoingExternal": 10240})
