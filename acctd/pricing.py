@@ -14,7 +14,7 @@
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from decimal import Context, Decimal
+from decimal import Context, Decimal, Inexact
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ from acctd.tariff import Discount, Item, Period, Tariff, Tier
 QUANTITY_PLACES = 9
 MINIMUM = "minimum"
 _PERCENT = Decimal("0.01")
-_exact = Context(prec=100)
-"""Numbers here have 40 digits at most; the default context would round the longest of them to 28."""
+_exact = Context(prec=100, traps=[Inexact])
+"""Numbers here have 60 digits at most; the default context would round the longest of them to 28, and say nothing."""
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +112,8 @@ class _Stretch:
         self.part = part
         self.period = tariff.periods[part.period]
         self._tariff, self._payer = tariff, payer
-        # Those that are not shown come last: the rest is as if it was the only thing to be shown.
+        self._known: dict[tuple[str, str], Decimal] = {}
+        # Those that are not shown come last, so that what is shown is rounded as if there was nothing else.
         self._rows = sorted(rows, key=lambda row: (row.group is None, row.group or (), row.owner))
 
     def quantity(self, column: int) -> int:
@@ -169,7 +170,9 @@ class _Stretch:
         return sorted({p for row in self._rows if row.counts[column] and (p := self._percent(row, item))})
 
     def _percent(self, row: Row, item: str) -> Decimal:
-        return largest_discount(self.period, self._payer, row.owner, item)
+        if (found := self._known.get((row.owner, item))) is None:
+            found = self._known[row.owner, item] = _largest_discount(self.period, self._payer, row.owner, item)
+        return found
 
     def _lines(
         self,
@@ -207,7 +210,7 @@ def total(lines: Iterable[Line], digits: int) -> Decimal:
     return _money(sum(int(line.amount.scaleb(digits, _exact)) for line in lines), digits)
 
 
-def largest_discount(period: Period, payer: str, owner: str, item: str) -> Decimal:
+def _largest_discount(period: Period, payer: str, owner: str, item: str) -> Decimal:
     """The percents that are taken off an item of a job; 0 where no discount is for it."""
 
     def concerns(discount: Discount) -> bool:
