@@ -83,21 +83,34 @@ def read(
     """Read all tasks, of `size` bytes together, by as many processes as are worth it. Raises what a reader raised."""
     number = min(len(os.sched_getaffinity(0)), len(tasks), size // WORTH)
     whole = make()
+    _read(tasks, make, whole, number, check, progress)
+    whole.looked.told.sort()
+    return whole
+
+
+def _read(
+    tasks: Sequence[Task],
+    make: Callable[[], Reader],
+    whole: Reader,
+    number: int,
+    check: Check | None,
+    progress: Callable[[int, int], None],
+) -> None:
     if number < 2:
         with _uncollected():
             for task in tasks:
                 whole.read(task, check, progress)
-        return whole
+        return
     context = multiprocessing.get_context("fork")  # the tasks and the tariff come along; no thread has begun yet
     links: dict[Connection, Any] = {}
     try:
         for _ in range(number):
             mine, its = context.Pipe()
-            process = context.Process(target=_work, args=(its, [*links, mine], make), daemon=True)
+            process = context.Process(target=_work, args=(its, [*links, mine], make, tasks), daemon=True)
             process.start()
             its.close()
             links[mine] = process
-        waiting = iter(tasks)
+        waiting = iter(range(len(tasks)))
         while links:
             for link in wait(list(links)):
                 if isinstance(link, Connection) and _served(link, waiting, whole, check, progress):
@@ -107,12 +120,11 @@ def read(
         for process in links.values():
             process.kill()
             process.join()
-    return whole
 
 
 def _served(
     link: Connection,
-    tasks: Iterator[Task],
+    waiting: Iterator[int],
     whole: Reader,
     check: Check | None,
     progress: Callable[[int, int], None],
@@ -124,7 +136,7 @@ def _served(
         raise AcctdError("a process that read records was ended from outside; see that there is memory") from None
     match kind:
         case "next":
-            link.send(next(tasks, None))
+            link.send(next(waiting, None))
         case "seen":
             link.send(list(check(*values)) if check is not None else [])
         case "read":
@@ -137,7 +149,7 @@ def _served(
     return False
 
 
-def _work(link: Connection, others: Iterable[Connection], make: Callable[[], Reader]) -> None:
+def _work(link: Connection, others: Iterable[Connection], make: Callable[[], Reader], tasks: Sequence[Task]) -> None:
     """A reader's life. It ends with its parent: nobody else answers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is asked too, and ends us
     for other in others:
@@ -155,8 +167,8 @@ def _work(link: Connection, others: Iterable[Connection], make: Callable[[], Rea
         try:
             reader = make()
             gc.disable()
-            while (task := asked("next")) is not None:
-                reader.read(task, check, lambda records, size: link.send(("read", records, size)))
+            while (number := asked("next")) is not None:
+                reader.read(tasks[number], check, lambda records, size: link.send(("read", records, size)))
             link.send(("done", reader))
         except AcctdError as e:
             link.send(("failed", e))

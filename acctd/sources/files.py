@@ -113,8 +113,16 @@ def _walk(top: Path) -> Iterator[Path]:
         directories[:] = sorted(name for name in directories if not name.startswith("."))
         for name in sorted(names):
             path = Path(place, name)
-            if not name.startswith(".") and stat.S_ISREG(os.lstat(path).st_mode):
+            if not name.startswith(".") and _is_file(path):
                 yield path
+
+
+def _is_file(path: Path) -> bool:
+    """Also by a link; what is a file under two names is read once."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as e:
+        raise NotFoundError(f"{path}: {e.strerror}; remove it, or what it leads to") from e
 
 
 @dataclass(frozen=True, slots=True)
