@@ -344,7 +344,7 @@ class Ledger(SqliteFile):
             raise NotFoundError(f"no record of job {job!r}; `acctd ls` lists what there is")
         number, body, digest = row
         before = self._row("SELECT digest FROM record WHERE number < ? ORDER BY number DESC LIMIT 1", number)
-        if not _fits(before[0] if before else self.anchor()[1], body, digest):
+        if not fits(before[0] if before else self.anchor()[1], body, digest):
             raise AcctdError(f"record {number} of job {job!r} was altered after it was signed off; restore {self.path}")
         return self._decoded(number, body)
 
@@ -423,10 +423,11 @@ class Ledger(SqliteFile):
             for number, digest, body in rows:
                 if number > upto:
                     break
-                if not _fits(before, body, digest):
+                if not fits(before, body, digest):
+                    row = self._row("SELECT id FROM record WHERE number = ?", number)
                     raise AcctdError(
-                        f"record {number} was altered after it was signed off, or one before it is missing; "
-                        f"restore {self.path}"
+                        f"record {number}{f' of job {row[0]!r}' if row else ''} was altered after it was signed off, or "
+                        f"one before it is missing; restore {self.path}"
                     )
                 before, at = digest, number
             yield at
@@ -482,8 +483,8 @@ def _open_job(path: Path, row: tuple, midnights: list[tuple[int, bytes]]) -> Ope
         raise LedgerError(f"ledger {path} is corrupt (open job {row[0]}: {e})", corrupt=True) from e
 
 
-def _fits(previous: object, body: object, digest: str) -> bool:
-    """Of columns that somebody may have written anything into."""
+def fits(previous: object, body: object, digest: str) -> bool:
+    """Whether a record is the one that was signed after another with this digest; columns may hold anything."""
     return isinstance(previous, str) and isinstance(body, bytes) and _digest(previous, body) == digest
 
 

@@ -47,12 +47,7 @@ class JsonTarget:
 
     def encode(self, frame: Frame) -> list[Item]:
         """One line; none of a mark, which is between acctd and itself."""
-        if isinstance(frame, Mark):
-            return []
-        ns = round(frame.time * 10**6) * 1000 if isinstance(frame, EventFrame) else frame.time
-        at = datetime.fromtimestamp(ns // 10**9, UTC).replace(microsecond=ns % 10**9 // 1000)
-        head = f'{{"at":"{at.isoformat(timespec="microseconds").removesuffix("+00:00")}Z",'
-        return [Item("", head.encode() + encode(frame)[1:])]
+        return [] if isinstance(frame, Mark) else [Item("", line(frame))]
 
     def send(self, to: str, data: Sequence[bytes]) -> None:
         """Raises UnavailableError where the disk or the receiver does not take it."""
@@ -68,6 +63,14 @@ class JsonTarget:
 
     def close(self) -> None:
         self._to.close()
+
+
+def line(frame: Frame) -> bytes:
+    """A frame as it stands in a file, without its newline: the time in words before all else."""
+    ns = round(frame.time * 10**6) * 1000 if isinstance(frame, EventFrame | Mark) else frame.time
+    at = datetime.fromtimestamp(ns // 10**9, UTC).replace(microsecond=ns % 10**9 // 1000)
+    head = f'{{"at":"{at.isoformat(timespec="microseconds").removesuffix("+00:00")}Z",'
+    return head.encode() + encode(frame)[1:]
 
 
 class _File:
