@@ -86,10 +86,13 @@ class _OfLedger:
 
     def job(self, name: str) -> Record:
         with Ledger(self.config.state_dir / ledger.FILE) as book:
-            if any(row.spec.id == name and row.phase != "closed" for row in book.open_jobs()):
+            phase = next((row.phase for row in book.open_jobs() if row.spec.id == name), "closed")
+            if phase == "running":
                 living = next((record for record in self._living(book) if record.id == name), None)
                 if living is not None:
                     return living
+            elif phase != "closed":
+                raise NotFoundError(f"job {name!r} has not begun; ask again when something runs in it")
             return book.record(name)
 
     def jobs(self, owner: str | None, since: float) -> Iterator[Ended]:
@@ -114,12 +117,14 @@ class _OfLedger:
             return [], f"The samples cannot be read: {e}."
 
     def _living(self, book: Ledger) -> list[Record]:
+        """What the agent holds as of now; as of their last readings jobs of `acctd run`, or all if no agent answers."""
+        known = {(record.id, record.started): record for record in statement.living(book)}
         try:
             with Client(self.socket) as agent:
-                told = [record for page in _pages(agent, "Interim") for record in page["records"]]
+                told = [_record(body) for page in _pages(agent, "Interim") for body in page["records"]]
         except UnavailableError:
-            return statement.living(book)  # as of their last readings
-        return [_record(body) for body in told]
+            told = []
+        return list((known | {(record.id, record.started): record for record in told}).values())
 
 
 @dataclass(slots=True)
