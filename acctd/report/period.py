@@ -145,15 +145,16 @@ def _cpu(bins: Sequence[tuple[date, Sum]], unit: str) -> Html:
 
 
 def _network(bins: Sequence[tuple[date, Sum]], unit: str, direction: str, whole: Sum) -> Html:
-    rules = [rule for rule, _ in whole.network.most_common() if split_rule(rule)[1] == direction]
+    rules = [rule for rule in whole.network if split_rule(rule)[1] == direction]
+    rules.sort(key=lambda rule: (-whole.network[rule], rule))
     named = rules if len(rules) <= STYLES else rules[: STYLES - 1]
     rest = [rule for rule in rules if rule not in named]
     bands = [
-        Band(split_rule(rule)[0], [float(each.network[rule]) for _, each in bins], number)
+        Band(split_rule(rule)[0], [float(each.network.get(rule, 0)) for _, each in bins], number)
         for number, rule in enumerate(named)
     ]
     if rest:
-        others = [float(sum(each.network[rule] for rule in rest)) for _, each in bins]
+        others = [float(sum(each.network.get(rule, 0) for rule in rest)) for _, each in bins]
         bands.append(Band(f"{len(rest)} other classes", others, STYLES - 1))
     most = ", ".join(f"{split_rule(rule)[0]} {decimal(whole.network[rule], 'B')}" for rule in named)
     highest = max(sum(values) for values in zip(*(band.values for band in bands), strict=True))
@@ -242,7 +243,7 @@ def _owners(sums: Sums) -> Html:
             f"{each.jobs:,}",
             amount(each.cpu / _CORE_HOUR),
             amount(each.memory / _GIB_HOUR),
-            decimal(each.network.total(), "B"),
+            decimal(sum(each.network.values()), "B"),
             decimal(each.block_read + each.block_write, "B"),
         ]
         for owner, each in found[:_OWNERS]

@@ -69,7 +69,7 @@ class Sum:
     memory_reserved: int = 0  # KiB*s
     block_read: int = 0  # bytes
     block_write: int = 0
-    network: Counter[str] = field(default_factory=Counter)  # bytes by rule
+    network: dict[str, int] = field(default_factory=dict)  # bytes by rule
 
     def add(self, totals: State, stacked: tuple[str, ...]) -> None:
         """A job's part. Devices that are stacked on others are counted there."""
@@ -84,7 +84,19 @@ class Sum:
             self.block_write += number if device not in stacked else 0
         for rule, number in get("network", _NOTHING).items():
             if number:
-                self.network[rule] += number
+                self.network[rule] = self.network.get(rule, 0) + number
+
+    def merge(self, other: "Sum") -> None:
+        """Add what another one has."""
+        self.jobs += other.jobs
+        self.cpu += other.cpu
+        self.reserved += other.reserved
+        self.memory += other.memory
+        self.memory_reserved += other.memory_reserved
+        self.block_read += other.block_read
+        self.block_write += other.block_write
+        for rule, number in other.network.items():
+            self.network[rule] = self.network.get(rule, 0) + number
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -110,7 +122,6 @@ class Sums:
     since: float
     until: float
     zone: ZoneInfo
-    all: Sum = field(default_factory=Sum)
     days: dict[date, Sum] = field(default_factory=dict)
     owners: dict[str, Sum] = field(default_factory=dict)
     endings: Counter[str] = field(default_factory=Counter)
@@ -121,6 +132,15 @@ class Sums:
     asked_cpu: int = 0  # ns that was used by jobs that asked for cores
     asked_resident: int = 0  # KiB*s that was used by jobs that asked for memory
     _top: list[Top] = field(default_factory=list)
+    _today: tuple[int, int, date] = (0, 0, date.min)  # one that was asked for, from when until when
+
+    @property
+    def all(self) -> Sum:
+        """Of all owners."""
+        whole = Sum()
+        for each in self.owners.values():
+            whole.merge(each)
+        return whole
 
     def add(self, job: Ended) -> None:
         """One record, or a living job as of now. What lies outside the period is left out."""
@@ -131,13 +151,15 @@ class Sums:
         if job.parent is not None:
             self.families += 1
             return
-        whole = Sum(jobs=1)
+        whole = Sum()
         for day, totals in self._by_day(job, begin, since, until):
-            whole.add(totals, job.stacked)
-            self.days.setdefault(day, Sum()).add(totals, job.stacked)
+            part = Sum()
+            part.add(totals, job.stacked)
+            self.days.setdefault(day, Sum()).merge(part)
+            whole.merge(part)
+        whole.jobs = 1
         self.days.setdefault(self._day(max(begin, since)), Sum()).jobs += 1
-        for into in (self.all, self.owners.setdefault(job.owner, Sum())):
-            _merge(into, whole)
+        self.owners.setdefault(job.owner, Sum()).merge(whole)
         self._judge(job, whole)
         self._rank(job, whole)
 
@@ -147,8 +169,11 @@ class Sums:
 
     def _by_day(self, job: Ended, begin: int, since: int, until: int) -> Iterator[tuple[date, State]]:
         end = begin + job.wall_ns
-        edges = [edge for edge in (since, until) if begin < edge < end]
         day = self._day(begin)
+        if end <= self._today[1] and since <= begin and end <= until:
+            yield day, job.totals  # nearly all jobs
+            return
+        edges = [edge for edge in (since, until) if begin < edge < end]
         while (edge := midnight(day + timedelta(days=1), self.zone)) < end:
             edges.append(edge)
             day += timedelta(days=1)
@@ -159,7 +184,11 @@ class Sums:
                 yield self._day(start), totals
 
     def _day(self, ns: int) -> date:
-        return datetime.fromtimestamp(ns // 10**9, self.zone).date()
+        begin, end, day = self._today
+        if not begin <= ns < end:
+            day = datetime.fromtimestamp(ns // 10**9, self.zone).date()
+            self._today = midnight(day, self.zone), midnight(day + timedelta(days=1), self.zone), day
+        return day
 
     def _judge(self, job: Ended, whole: Sum) -> None:
         self.endings[job.ending] += 1
@@ -183,7 +212,7 @@ class Sums:
             cores=job.limits.cpus,
             resident=job.one("memory_resident_peak"),
             memory=job.limits.memory,
-            network=whole.network.total(),
+            network=sum(whole.network.values()),
             started=job.started,
         )
         if len(self._top) < TOP:
@@ -195,20 +224,9 @@ class Sums:
 _NOTHING: dict[str, int] = {}
 
 
-def _merge(into: Sum, other: Sum) -> None:
-    into.jobs += other.jobs
-    into.cpu += other.cpu
-    into.reserved += other.reserved
-    into.memory += other.memory
-    into.memory_reserved += other.memory_reserved
-    into.block_read += other.block_read
-    into.block_write += other.block_write
-    into.network.update(other.network)
-
-
 def months(days: dict[date, Sum]) -> dict[date, Sum]:
     """The same by month, each under its first day."""
     found: dict[date, Sum] = {}
     for day in sorted(days):
-        _merge(found.setdefault(day.replace(day=1), Sum()), days[day])
+        found.setdefault(day.replace(day=1), Sum()).merge(days[day])
     return found

@@ -260,7 +260,7 @@ def test_parts_of_periods_sum_to_the_whole() -> None:
     parts = [summed(jobs, since, until).all for since, until in pairwise(cuts)]
     whole = summed(jobs).all
     assert sum(part.cpu for part in parts) == whole.cpu
-    assert sum((part.network for part in parts), Counter()) == whole.network
+    assert sum((Counter(part.network) for part in parts), Counter()) == whole.network
 
 
 def test_a_report_of_many_jobs_is_bounded() -> None:
