@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -27,6 +28,13 @@ OWN = (
 
 _NAMED = 8
 """Payers and living jobs that a person is told by name; programs get all."""
+
+_KINDS = {
+    "ledger": "of the ledger",
+    "records": "of the files below",
+    "agent": "told by the agent at",
+    "influxdb": "of the database",
+}
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _LABEL = 10
@@ -54,6 +62,10 @@ class Sheet:
         since = self.bill.since
         return ("" if since is None else shown(since, self.zone)), shown(self.bill.until, self.zone)
 
+    def iso(self, at: float | None) -> str | None:
+        """An instant for programs."""
+        return None if at is None else datetime.fromtimestamp(at, self.zone).isoformat()
+
     @property
     def notes(self) -> list[str]:
         """What must be known to judge the sums."""
@@ -75,7 +87,7 @@ def facts(sheet: Sheet) -> list[tuple[str, str]]:
     found += [("tariff", f"{bill.tariff}, in {bill.currency}"), ("sha256", bill.digest)]
     nodes = "node" if len(looked.nodes) == 1 else "nodes"
     again = f", {looked.repeated} more delivered again and not counted" if looked.repeated else ""
-    where = f"{looked.records} from {sheet.kind} {', '.join(sheet.places)}, {len(looked.nodes)} {nodes}{again}"
+    where = f"{looked.records} {_KINDS[sheet.kind]} {', '.join(sheet.places)}, {len(looked.nodes)} {nodes}{again}"
     found.append(("records", where))
     if looked.first is not None and looked.last is not None:
         found += [("first", f"{looked.first[0]} {looked.first[1]}"), ("last", f"{looked.last[0]} {looked.last[1]}")]
@@ -169,7 +181,7 @@ def json_text(sheet: Sheet) -> str:
     """All of it. Decimals are strings, times as in ISO 8601 and in the tariff's timezone."""
     bill, looked = sheet.bill, sheet.looked
     document: dict[str, Any] = {
-        "period": {"since": sheet.period[0] or None, "until": sheet.period[1], "timezone": bill.timezone},
+        "period": {"since": sheet.iso(bill.since), "until": sheet.iso(bill.until), "timezone": bill.timezone},
         "selection": dict(sheet.selection),
         "tariff": {"name": bill.tariff, "sha256": bill.digest, "currency": bill.currency, "digits": bill.digits},
         "source": {

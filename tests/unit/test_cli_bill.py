@@ -1,0 +1,243 @@
+"""acctd bill as a person and a program use it: periods, forms, what users put into them, and what is refused."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import pytest
+from click.testing import CliRunner, Result
+
+from acctd.cli import billtime
+from acctd.cli.bill import command
+from acctd.errors import AcctdError, ConfigError, NotFoundError, UsageError
+from tests.unit.test_sources import body, ledger, line, record
+
+TARIFF = """
+name = "unit"
+currency = "EUR"
+timezone = "Europe/Zurich"
+[[period]]
+valid_from = 2020-01-01
+[[period.item]]
+name = "CPU"
+meter = "cpu"
+unit = "core-second"
+price = 0.25
+[[period.item]]
+name = "Egress"
+meter = "network"
+direction = "outgoing"
+unit = "EiB"
+price = 1
+"""
+PERIOD = ("--since", "2027-01", "--until", "2027-02")  # the records of test_sources are of 15 January 2027
+EVIL = "=cmd|' /C calc'!A0\x1b[2J<script>alert(1)</script>"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A tariff, and two users' records of which one has an account that is out for mischief."""
+    (tmp_path / "tariff.toml").write_text(TARIFF.replace("EiB", "PiB"))
+    (tmp_path / "records").mkdir()
+    made = [record(1), record(2, owner="bob"), record(3, owner="eve", tags={"account": EVIL})]
+    (tmp_path / "records" / "log.jsonl").write_bytes(b"".join(map(line, made)))
+    return tmp_path
+
+
+def run(place: Path, *arguments: str, period: Sequence[str] = PERIOD) -> Result:
+    options = ["--tariff", str(place / "tariff.toml"), *period]
+    return CliRunner().invoke(command, [*options, *arguments], catch_exceptions=True)
+
+
+def files(place: Path, *arguments: str) -> Result:
+    return run(place, *arguments, "--from", "records", str(place / "records"))
+
+
+def refused(result: Result) -> AcctdError:
+    assert isinstance(result.exception, AcctdError), result.exception
+    assert "\n" not in str(result.exception)
+    return result.exception
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "begin", "end"),
+    [
+        (None, None, "2026-11-01 00:00", "2026-12-01 00:00"),
+        ("2026-09", None, "2026-09-01 00:00", "2026-12-01 00:00"),
+        (None, "2026-09-15", "2026-09-01 00:00", "2026-09-15 00:00"),
+        (None, "2026-09", "2026-08-01 00:00", "2026-09-01 00:00"),
+        ("2026-03-29", "2026-03-30", "2026-03-29 00:00", "2026-03-30 00:00"),
+        ("2026-11-05T13:00", "2026-11-05 13:00:30", "2026-11-05 13:00", "2026-11-05 13:00:30"),
+        ("2026-11-05T13:00Z", "2026-11-06T00:00+00:00", "2026-11-05 14:00", "2026-11-06 01:00"),
+    ],
+)
+def test_periods_are_in_the_tariffs_timezone(since: str | None, until: str | None, begin: str, end: str) -> None:
+    zone = ZoneInfo("Europe/Zurich")
+    now = datetime(2026, 11, 30, 23, 59, tzinfo=zone).timestamp()
+    found = billtime.period(since, until, zone, now)
+    assert [billtime.shown(each, zone) for each in found] == [begin, end]
+
+
+def test_a_day_with_23_hours() -> None:
+    begin, end = billtime.period("2026-03-29", "2026-03-30", ZoneInfo("Europe/Zurich"), 0.0)
+    assert end - begin == 23 * 3600
+
+
+@pytest.mark.parametrize(
+    ("since", "until"),
+    [
+        ("2026-13", None),
+        ("yesterday", None),
+        ("2026-02-30", None),
+        ("", None),
+        ("2026-11", "2026-11"),
+        ("٢٠٢٦-١١", None),
+    ],
+)
+def test_periods_that_are_none(since: str, until: str | None) -> None:
+    with pytest.raises(UsageError):
+        billtime.period(since, until, ZoneInfo("UTC"), 1.8e9)
+
+
+def test_the_table_can_be_checked_by_hand(place: Path) -> None:
+    text = files(place).stdout
+    assert "period    from 2027-01-01 00:00 until 2027-02-01 00:00, Europe/Zurich" in text
+    assert "3 of the files below" in text
+    assert re.search(r"^ada +2027-01  CPU +1  core-second +0\.25 +0\.25$", text, re.MULTILINE)
+    assert re.search(r"^total +EUR +3072\.75$", text, re.MULTILINE)
+    assert "\x1b" not in text
+
+
+def test_json_has_all_and_no_float(place: Path) -> None:
+    document = json.loads(files(place, "--format", "json", "--group-by", "user, class").stdout, parse_float=pytest.fail)
+    assert document["source"]["records"] == 3
+    assert re.fullmatch("[0-9a-f]{32}", document["source"]["digest"])
+    assert re.fullmatch("[0-9a-f]{64}", document["tariff"]["sha256"])
+    assert document["period"]["since"] == "2027-01-01T00:00:00+01:00"
+    lines = document["lines"]
+    assert {(each["group"]["user"], each["group"]["class"]) for each in lines} == {
+        (user, cls) for user in ("ada", "bob", "eve") for cls in ("", "External")
+    }
+    for each in lines:
+        assert Decimal(each["amount"]) == round(Decimal(each["quantity"]) * Decimal(each["price"]), 2)
+    assert Decimal(document["total"]) == sum(Decimal(each["amount"]) for each in lines)
+    assert EVIL in document["payers"]
+
+
+def test_csv_is_strict_and_no_formula(place: Path) -> None:
+    text = files(place, "--format", "csv").stdout
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    assert len(rows) == 6
+    assert sum(Decimal(row["amount"]) for row in rows) == Decimal("3072.75")
+    assert {row["payer"] for row in rows} == {"ada", "bob", f"'{EVIL}"}
+    assert not any(value.lstrip()[:1] in "=+-@" for row in rows for value in row.values() if value)
+    assert {row["tariff"] for row in rows} == {"unit"}
+
+
+def test_html_is_one_page_in_which_nothing_runs(place: Path) -> None:
+    done = files(place, "--format", "html", "--output", str(place / "bill.html"))
+    assert done.stdout == ""
+    page = (place / "bill.html").read_text()
+    assert "3072.75" in page and "&lt;script&gt;" in page
+    assert "<script" not in page and "\x1b" not in page
+    assert not re.search(r"(src|href)=\"(?!#|data:)", page)
+
+
+def test_asked_again_it_is_the_same_to_the_byte(place: Path) -> None:
+    for form in ("table", "csv", "json", "html"):
+        first, again = (files(place, "--format", form).stdout for _ in range(2))
+        assert first == again
+    made = (place / "records" / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (place / "records" / "log.jsonl").write_bytes(b"".join(made[::-1]))
+    assert files(place, "--format", "json").stdout == files(place, "--format", "json").stdout
+
+
+def test_what_is_selected_is_shown_and_named(place: Path) -> None:
+    found = json.loads(files(place, "--format", "json", "--user", "bob").stdout)
+    assert (found["payers"], found["selection"]) == (["bob"], {"user": "bob"})
+    assert json.loads(files(place, "--format", "json", "--job", "3.0").stdout)["payers"] == [EVIL]
+    found = json.loads(files(place, "--format", "json", "--tag", f"Account={EVIL}").stdout)
+    assert found["payers"] == [EVIL]
+    assert "nothing to pay: 0.00 EUR" in files(place, "--user", "nobody").stdout
+
+
+def test_broken_lines_are_named_counted_and_told_in_the_exit_code(place: Path) -> None:
+    with open(place / "records" / "log.jsonl", "ab") as stream:
+        stream.write(b"{]\n")
+    done = files(place, "--format", "json")
+    error = refused(done)
+    assert error.exit_code == 70 and "1 lines could not be read" in str(error)
+    document = json.loads(done.stdout)
+    assert document["source"]["broken"] == 1 and len(document["lines"]) == 6
+    assert any("could not be read" in note for note in document["notes"])
+
+
+def test_the_ledger_is_billed_without_an_agent(place: Path) -> None:
+    (place / "state").mkdir()
+    ledger(place / "state" / "ledger.sqlite", [record(1), record(2, owner="bob"), record(3, owner="eve")])
+    config = place / "acctd.toml"
+    config.write_text(
+        f'state_dir = "{place}/state"\nruntime_dir = "{place}/run"\n[bill]\ntariff = "{place}/tariff.toml"\n'
+    )
+    done = CliRunner().invoke(command, ["--config", str(config), *PERIOD])
+    assert done.exit_code == 0, done.exception
+    assert f"3 of the ledger {place}/state/ledger.sqlite" in done.stdout
+    assert re.search(r"^first +1 [0-9a-f]{64}$", done.stdout, re.MULTILINE)
+    assert re.search(r"^last +3 [0-9a-f]{64}$", done.stdout, re.MULTILINE)
+    as_files = files(place, "--format", "json").stdout
+    as_ledger = CliRunner().invoke(command, ["--config", str(config), *PERIOD, "--format", "json"]).stdout
+    one, other = (json.loads(text) for text in (as_files, as_ledger))
+    assert [(each["payer"], each["amount"]) for each in one["lines"] if each["payer"] in ("ada", "bob")] == [
+        (each["payer"], each["amount"]) for each in other["lines"] if each["payer"] in ("ada", "bob")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--from", "records"), "name at least one"),
+        (("here",), "--from records before"),
+        (("--from", "ledger"), "is none"),
+        (("--from", "influxdb://x?db=a", "--from", "influxdb://y?db=a"), "take one source"),
+        (("--from", "influxdb://x?db=a", "--from", "records", "."), "take one source"),
+        (("--from", "mysql://x"), "none of a database"),
+        (("--from", "influxdb://x"), "database is missing"),
+        (("--from", "influxdb://me:secret@x?db=a"), "user or password"),
+        (("--group-by", "colour"), "'colour'"),
+        (("--group-by", "user,user"), "twice"),
+        (("--tag", "account"), "account=physics"),
+        (("--tag", "a=1", "--tag", "A=2"), "two values"),
+        (("--since", "soon"), "'soon'"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(place: Path, arguments: tuple[str, ...], words: str) -> None:
+    error = refused(run(place, *arguments))
+    assert words in str(error) and "secret" not in str(error)
+    assert error.exit_code == 64
+
+
+def test_a_tariff_that_is_not_there_or_is_wrong(place: Path) -> None:
+    (place / "tariff.toml").write_text("name = 1\n")
+    assert isinstance(refused(files(place)), ConfigError)
+    (place / "tariff.toml").unlink()
+    assert isinstance(refused(files(place)), NotFoundError)
+    (place / "acctd.toml").write_text(f'[bill]\ntariff = "{place}/nothing.toml"\n')
+    words = str(refused(CliRunner().invoke(command, ["--config", str(place / "acctd.toml")])))
+    assert "tariffs/example.toml" in words and f"{place}/nothing.toml" in words
+
+
+def test_where_nothing_can_be_written_nothing_is_read(place: Path) -> None:
+    (place / "records" / "log.jsonl").unlink()
+    assert "--output" in str(refused(files(place, "--output", str(place / "no" / "bill"))))
+
+
+def test_a_record_as_run_writes_it(place: Path) -> None:
+    (place / "records" / "log.jsonl").unlink()
+    (place / "records" / "one.json").write_bytes(body(record(1)))
+    assert json.loads(files(place, "--format", "json").stdout)["payers"] == ["ada"]
