@@ -6,7 +6,6 @@ Pages that become free are used again, and SQLite takes none above the bound. St
 done when it cannot, history.py knows.
 """
 
-import os
 import sqlite3
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -295,9 +294,7 @@ class SampleFile(SqliteFile):
         """How much there is now; goes through all rows."""
         jobs, points = self._rows("SELECT (SELECT count(*) FROM job), (SELECT total(points) FROM piece)")[0]
         lost = dict(self._rows("SELECT why, points FROM lost"))
-        files = [f"{self.path}{suffix}" for suffix in ("", "-wal", "-shm")]
-        size = sum(os.path.getsize(path) for path in files if os.path.exists(path))
-        return Size(size, jobs, int(points), lost["room"], lost["disk"])
+        return Size(self.disk_bytes(), jobs, int(points), lost["room"], lost["disk"])
 
 
 def _key(seq: int, level: int, at: int) -> int:

@@ -116,6 +116,32 @@ class SqliteFile:
         except sqlite3.Error as e:
             raise self._trouble(e) from e
 
+    def rows(self) -> dict[str, int]:
+        """How many rows each table has; goes through all of them. Raises LedgerError."""
+        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name"
+        names = [name for (name,) in self._rows(query)]
+        return {name: self._rows(f"SELECT count(*) FROM {name}")[0][0] for name in names}  # noqa: S608  # tables above
+
+    def disk_bytes(self) -> int:
+        """On disk, with what SQLite keeps beside the file."""
+        paths = [Path(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm")]
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+    def used_bytes(self) -> int:
+        """Of the file without the pages that are free: what a new one would have. Raises LedgerError."""
+        pages, free, size = (
+            self._rows(f"PRAGMA {name}")[0][0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def vacuum(self) -> None:
+        """Write the file anew without free pages. Others read meanwhile, and cannot write. Raises LedgerError."""
+        try:
+            self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as e:
+            raise self._trouble(e) from e
+
     @contextmanager
     def _synchronous(self, mode: str) -> Iterator[None]:
         """FULL: a commit waits for stable storage."""

@@ -20,6 +20,7 @@ _COMMANDS = {
     "events": "List what happened, and follow what happens.",
     "export": "Deliver what the agent leaves to databases and scrapers.",
     "kill": "End all processes of jobs.",
+    "ledger": "Show, verify, archive and vacuum the ledger.",
     "limit": "Change the limits of a job.",
     "ls": "List open jobs and records.",
     "ps": "List the open jobs and what they have used so far.",

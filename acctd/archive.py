@@ -1,0 +1,305 @@
+"""The ledger's old records in files: one a month, packed lines of JSON as exporters/jsonlines.py writes them.
+
+A file has records of consecutive numbers with their digests, so that the chain of signatures can be followed from the
+first file on into the ledger. What is there is compared, and never written again. Records leave the ledger only after
+they were read back from files that are on stable storage: who dies in between loses nothing, and does it again.
+"""
+
+import gzip
+import os
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from acctd import spool
+from acctd.errors import AcctdError, NotPermittedError, UsageError
+from acctd.frames import RECORDS, Mark, RecordFrame, decode
+from acctd.ledger import Ledger, fits
+from acctd.sinks import ExportConfig
+from exporters.jsonlines import line
+
+_AT_ONCE = 1000  # records taken out in one transaction: whoever else writes to the ledger does so in between
+_NAME = re.compile(r"(?P<node>.+)-(?P<month>\d{4}-\d\d)-(?P<first>\d+)\.jsonl\.gz\Z")
+_MONTH = re.compile(r"[1-9]\d{3}-(0[1-9]|1[0-2])\Z")
+_YEAR_9999 = 253402300799.0
+_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+Signed = tuple[int, str, bytes]
+"""Number, digest and JSON of a record."""
+
+Done = Callable[[int, int], object]
+"""Told of records and bytes that were dealt with."""
+
+
+class Body(msgspec.Struct):
+    """Of a record as much as is asked here."""
+
+    id: str
+    node: str
+    started: float
+    wall_ns: int
+    ended: float  # a label
+
+    @classmethod
+    def of(cls, body: bytes) -> "Body":
+        """Raises AcctdError for what nobody has signed."""
+        try:
+            return msgspec.json.decode(body, type=cls)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+            raise AcctdError(f"a record is altered beyond reading ({e}); see `acctd ledger verify`") from e
+
+
+@dataclass(frozen=True, slots=True)
+class Month:
+    """Records of consecutive numbers that go into one month's file."""
+
+    month: str  # YYYY-MM, UTC
+    node: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be archived."""
+
+    months: tuple[Month, ...]
+    stays: str = ""  # a sentence, where a record of a time to come keeps others back
+
+    @property
+    def records(self) -> int:
+        return self.months[-1].last - self.months[0].first + 1 if self.months else 0
+
+
+def beginning(month: str, now: datetime) -> datetime:
+    """When a month begins, in UTC. Raises UsageError for what is none, and for one that has not begun."""
+    if not _MONTH.match(month):
+        raise UsageError(f"--before {month!r} is no month; write it like 2026-01")
+    begin = datetime(int(month[:4]), int(month[5:]), 1, tzinfo=UTC)
+    if begin > now:
+        raise UsageError(f"--before {month} has not begun; whole months are archived, so use {now:%Y-%m} at most")
+    return begin
+
+
+def plan(ledger: Ledger, before: datetime, now: datetime, done: Done) -> Plan:
+    """The records before the first one of a job that ended later; what is signed after that one stays, too.
+
+    One that was signed after a record of the next month goes into that month's file. Raises AcctdError for a record
+    that is not as it was signed, and for one that is missing.
+    """
+    months: list[Month] = []
+    at, previous = ledger.anchor()
+    for number, digest, body in ledger.stream():
+        if number != at + 1 or not fits(previous, body, digest):
+            raise AcctdError(f"record {number} or one before it is not as it was signed; see `acctd ledger verify`")
+        at, previous = number, digest
+        read = Body.of(body)
+        ended = read.started + read.wall_ns / 1e9
+        if ended >= before.timestamp():
+            return Plan(tuple(months), _early(number, read.id, ended, now))
+        month = f"{datetime.fromtimestamp(max(0.0, ended), UTC):%Y-%m}"
+        if not months or month > months[-1].month:
+            months.append(Month(month, read.node, number, number))
+        months[-1] = replace(months[-1], last=number)
+        done(1, len(body))
+    return Plan(tuple(months))
+
+
+def write(ledger: Ledger, month: Month, directory: Path, done: Done) -> list[Path]:
+    """Write those of a month's records that no file there has; the files, which are on stable storage.
+
+    Raises AcctdError for files that hold other records, and for a disk that does not take them.
+    """
+    written = []
+    missing = _missing(ledger, month, directory, done)
+    row = next(missing, None)
+    while row is not None:
+        path = directory / f"{_plain(month.node)}-{month.month}-{row[0]}.jsonl.gz"
+        row = _write(path, row, missing)
+        written.append(path)
+    return written
+
+
+def take_out(ledger: Ledger, months: Iterable[Month], directory: Path, upto: int, done: Done) -> int:
+    """Remove the records up to a number, as far as they are in files, which are read for it; how many."""
+    removed = 0
+    for month in months:
+        last = min(month.last, upto)
+        for row in _missing(ledger, month, directory, done):
+            last = min(last, row[0] - 1)
+            break
+        for end in (*range(month.first + _AT_ONCE - 1, last, _AT_ONCE), last):
+            began = time.monotonic()
+            removed += ledger.take_out(end)
+            time.sleep(min(0.1, time.monotonic() - began))  # for others, who wait for their turn
+        if last < month.last:
+            break
+    return removed
+
+
+def spooled(config: ExportConfig, ledger: Ledger) -> int | None:
+    """The last record that the spool for exporters has: later ones are only in the ledger. None where none is needed.
+
+    Raises AcctdError where the spool cannot be read.
+    """
+    if not config.active or not (config.spool_dir / RECORDS).is_dir():
+        return None
+    try:
+        for text in spool.backwards(config.spool_dir / RECORDS):
+            with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                frame = decode(text)
+                if isinstance(frame, RecordFrame | Mark):
+                    return frame.number if not frame.number or ledger.digest(frame.number) == frame.digest else 0
+    except OSError as e:
+        raise AcctdError(f"cannot read the spool {config.spool_dir}: {e.strerror}; see export.spool_dir") from e
+    return None
+
+
+def follow(directory: Path, node: str, upto: int, digest: str, done: Done) -> tuple[int, int]:
+    """Follow the chain of digests through a node's files, up to a record with this digest at least; first and last.
+
+    Raises AcctdError for the first record that is not as it was signed, and for one that is missing.
+    """
+    first, at, previous = 0, 0, ""
+    for path in _files(directory, node):
+        for number, signed, body in _content(path):
+            if first and number <= at:
+                continue
+            # What the first one follows stands in an older file, somewhere else; unless it is the first of all.
+            if not first:
+                first, at = number, number - 1
+            elif number != at + 1:
+                raise AcctdError(f"record {at + 1} is missing before {path}; restore its file")
+            elif not fits(previous, body, signed):
+                raise _altered(number, body, path)
+            if (number == 1 and not fits("", body, signed)) or (number == upto and signed != digest):
+                raise _altered(number, body, path)
+            at, previous = number, signed
+            done(1, len(body))
+    if at < upto:
+        raise AcctdError(f"records {at + 1} to {upto} are in no file of {node} in {directory}; restore it")
+    return first, at
+
+
+def _altered(number: int, body: bytes, path: Path) -> AcctdError:
+    return AcctdError(
+        f"record {number} of job {Body.of(body).id!r} in {path} was altered after it was signed; restore it"
+    )
+
+
+def _missing(ledger: Ledger, month: Month, directory: Path, done: Done) -> Iterator[Signed]:
+    """The records of a month that no file has. Raises AcctdError for a file that has another one in its place."""
+    rows = ledger.stream(after=month.first - 1, upto=month.last)
+    row = next(rows, None)
+    for path in _files(directory, month.node, month.month):
+        for found in _content(path):
+            while row is not None and row[0] < found[0]:
+                yield row
+                row = next(rows, None)
+            if row is None:
+                return
+            if found[0] < row[0]:
+                continue  # it was taken out before
+            if found != row:
+                raise AcctdError(f"{path} has another record {row[0]} than the ledger; choose another directory")
+            done(1, len(row[2]))
+            row = next(rows, None)
+    if row is not None:
+        yield row
+        yield from rows
+
+
+def _write(path: Path, row: Signed | None, rows: Iterator[Signed]) -> Signed | None:
+    """Put records of consecutive numbers into a new file; the first one that is of another file."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.unlink(missing_ok=True)  # of one who was killed
+        with open(part, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600)) as raw:
+            with gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=6, mtime=0) as packed:
+                last = None
+                while row is not None and (last is None or row[0] == last + 1):
+                    packed.write(_line(row) + b"\n")
+                    last, row = row[0], next(rows, None)
+            raw.flush()
+            os.fsync(raw.fileno())
+        if path.exists():  # with other records: what has these was compared
+            raise FileExistsError(0, "it is there, with other records")
+        os.rename(part, path)
+        _sync(path.parent)
+    except OSError as e:
+        with suppress(OSError):
+            part.unlink()
+        raise AcctdError(f"cannot write {path}: {e.strerror}; see the disk, or choose another directory") from e
+    return row
+
+
+def _line(row: Signed) -> bytes:
+    number, digest, body = row
+    # The time when it was signed: the same whenever it is archived.
+    signed = Body.of(body).ended
+    at = round(min(max(0.0, signed), _YEAR_9999) * 10**6) * 1000
+    return line(RecordFrame(number, digest, at, msgspec.Raw(body)))
+
+
+def _content(path: Path) -> Iterator[Signed]:
+    try:
+        with gzip.open(path) as stream:
+            for text in stream:
+                frame = decode(text)
+                if isinstance(frame, RecordFrame):
+                    yield frame.number, frame.digest, bytes(frame.body)
+    except _BROKEN as e:
+        raise AcctdError(f"{path} is not whole ({e}); move it away and archive again, or restore it") from e
+    except OSError as e:
+        raise AcctdError(f"cannot read {path}: {e.strerror}; see its owner") from e
+
+
+def _files(directory: Path, node: str, month: str | None = None) -> list[Path]:
+    """A node's archives in a directory, in order of their numbers; of one month."""
+    try:
+        names = [(match, name) for name in os.listdir(directory) if (match := _NAME.match(name))]
+    except OSError as e:
+        raise AcctdError(f"cannot read {directory}: {e.strerror}; name a directory for archives") from e
+    wanted = [
+        (int(match["first"]), name)
+        for match, name in names
+        if match["node"] == _plain(node) and month in (None, match["month"])
+    ]
+    return [directory / name for _, name in sorted(wanted)]
+
+
+def make(directory: Path) -> None:
+    """For archives, which hold what the ledger does: for root alone. Raises NotPermittedError, AcctdError."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sync(directory.parent)
+    except OSError as e:
+        kind = NotPermittedError if isinstance(e, PermissionError) else AcctdError
+        raise kind(f"cannot make {directory}: {e.strerror}; name a directory for archives") from e
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _early(number: int, job: str, ended: float, now: datetime) -> str:
+    """Why much may stay, where a clock was wrong; "" for an ordinary record of the month that goes on."""
+    if ended <= now.timestamp():
+        return ""
+    at = datetime.fromtimestamp(min(ended, _YEAR_9999), UTC)
+    return f"record {number} of job {job!r} says that it ended on {at:%Y-%m-%d}; it and all after it stay"
+
+
+def _plain(node: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "_", node) or "node"

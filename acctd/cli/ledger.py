@@ -1,0 +1,219 @@
+"""`acctd ledger`: how large it is, whether it is whole, its old records into files, its free pages to the disk.
+
+Works on the files, whether an agent lives or not.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from acctd import archive as archives
+from acctd import config as configuration
+from acctd import history
+from acctd.cli.output import emit, say
+from acctd.cli.progress import progress
+from acctd.cli.summary import size as told_size
+from acctd.cli.table import clean
+from acctd.config import Config
+from acctd.errors import ExhaustedError, NotFoundError
+from acctd.kernel import filelock
+from acctd.ledger import FILE, Ledger
+from acctd.sqlitefile import SqliteFile
+
+_SPARE = 16 * 2**20  # bytes that a vacuum leaves on the disk
+
+
+@click.group("ledger")
+def command() -> None:
+    """The ledger, and the samples kept beside it."""
+
+
+_config_option = click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
+
+
+@command.command("size")
+@_config_option
+@click.option("--json", "as_json", is_flag=True, help="All that is known, as JSON.")
+def size(config_path: str | None, as_json: bool) -> None:
+    """Show how much there is of records and samples."""
+    config = configuration.load(config_path, os.environ)
+    with _ledger(config) as book:
+        found = _size(book)
+    with history.reading(config.state_dir / history.FILE) as samples:
+        if samples is not None:
+            found["samples"] = {"path": str(samples.path), **msgspec.to_builtins(samples.size())}
+    if as_json:
+        emit(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        return
+    for line in _told(found):
+        emit(line)
+
+
+@command.command("verify")
+@_config_option
+@click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+def verify(config_path: str | None, directory: Path | None) -> None:
+    """Say whether every record is as it was signed, and none is missing.
+
+    With DIR the archived records there are followed first, up to the ledger's own. Ends with the first record that is
+    not in order, by its number and job.
+    """
+    config = configuration.load(config_path, os.environ)
+    with _ledger(config) as book, progress("verifying") as begin:
+        span, (out, digest) = book.span(), book.anchor()
+        advance = begin(span.count, 0)
+        if directory is not None:
+            first, last = archives.follow(directory, socket.gethostname(), out, digest, advance)
+        at = span.first - 1
+        for number in book.verify():
+            advance(number - at, 0)
+            at = number
+        book.check()
+    if directory is not None:
+        emit(f"{_records(last - first + 1)} in {directory}, {first} to {last}: as they were signed")
+    elif out:
+        emit(f"records up to {out} were archived; name their directory, and they are verified too")
+    until = f", the last one {span.last} with digest {span.last_digest}" if span.count else ""
+    emit(f"{_records(span.count)} in {config.state_dir / FILE}: as they were signed{until}")
+    with history.reading(config.state_dir / history.FILE) as samples:
+        if samples is not None:
+            samples.check()
+
+
+@command.command("archive")
+@_config_option
+@click.option(
+    "--before", "month", metavar="YYYY-MM", required=True, help="Records of the months before this one (UTC)."
+)
+@click.option("--remove", is_flag=True, help="Remove from the ledger what is safely in files.")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+def archive(config_path: str | None, month: str, remove: bool, directory: Path) -> None:
+    """Write the records of whole months into DIR, a file a month.
+
+    A file that is there is compared, and not written again. `acctd bill --from DIR` reads them.
+    """
+    now = datetime.now(UTC)
+    before = archives.beginning(month, now)
+    config = configuration.load(config_path, os.environ)
+    with _ledger(config) as book, filelock.held(str(config.state_dir / "archive.lock"), patience=0.0):
+        with progress("looking") as begin:
+            plan = archives.plan(book, before, now, begin(book.span().count, 0))
+        archives.make(directory)
+        written: list[Path] = []
+        with progress("archiving") as begin:
+            advance = begin(0, 0)
+            for each in plan.months:
+                written += archives.write(book, each, directory, advance)
+        emit(f"{_records(plan.records)} of {_count(len(plan.months), 'month')} in {directory}, {len(written)} new")
+        if plan.stays:
+            say(f"acctd: {plan.stays}")
+        if remove and plan.months:
+            _remove(config, book, plan, directory)
+
+
+def _remove(config: Config, book: Ledger, plan: archives.Plan, directory: Path) -> None:
+    last = plan.months[-1].last
+    known = archives.spooled(config.export, book)
+    if known is not None and known < last:
+        say(f"acctd: what comes after record {known} is not in the spool of acctd export yet, and stays")
+        last = known
+    with progress("removing") as begin:
+        removed = archives.take_out(book, plan.months, directory, last, begin(plan.records, 0))
+    emit(f"{_records(removed)} removed from {book.path}; `acctd ledger vacuum` gives their room to the disk")
+    if removed < plan.records and last == plan.months[-1].last:
+        say("acctd: the others stay, as long as a job of theirs is not removed from the kernel")
+
+
+@command.command("vacuum")
+@_config_option
+def vacuum(config_path: str | None) -> None:
+    """Give the room of what was removed back to the disk.
+
+    An agent may live: it waits meanwhile, a second or so for 100 MB, and jobs go on.
+    """
+    config = configuration.load(config_path, os.environ)
+    with _ledger(config) as book:
+        _vacuum("ledger", book)
+    with history.reading(config.state_dir / history.FILE) as samples:
+        if samples is not None:
+            _vacuum("samples", samples)
+
+
+def _vacuum(what: str, file: SqliteFile) -> None:
+    before = file.disk_bytes()
+    # Written twice: aside, in this directory too, and into SQLite's log.
+    os.environ["SQLITE_TMPDIR"] = str(file.path.parent)
+    need = 2 * file.used_bytes() + _SPARE
+    room = os.statvfs(file.path.parent)
+    if (free := room.f_bavail * room.f_frsize) < need:
+        raise ExhaustedError(
+            f"the {what} {file.path} needs {told_size(need)} to be written anew, and its disk has {told_size(free)}; "
+            "make room first, or leave it: free pages are used again"
+        )
+    file.vacuum()
+    emit(f"{what} {file.path}: {told_size(before)} before, {told_size(file.disk_bytes())} after")
+
+
+@contextmanager
+def _ledger(config: Config) -> Iterator[Ledger]:
+    path = config.state_dir / FILE
+    if not path.exists():
+        raise NotFoundError(f"there is no ledger {path}; see state_dir, and run as root")
+    with Ledger(path) as book:
+        yield book
+
+
+def _size(book: Ledger) -> dict[str, Any]:
+    span, (out, digest) = book.span(), book.anchor()
+    ends = {}
+    for name, number, signed in (("oldest", span.first, span.first_digest), ("newest", span.last, span.last_digest)):
+        rows = book.records_after(number - 1, 1) if number else []
+        for _, _, body in rows:
+            read = archives.Body.of(body)
+            ends[name] = {"number": number, "digest": signed, "id": read.id, "ended": read.started + read.wall_ns / 1e9}
+    return {
+        "ledger": {
+            "path": str(book.path), "bytes": book.disk_bytes(), "free_bytes": _free(book), "rows": book.rows(), **ends,
+            "archived": {"number": out, "digest": digest} if out else None,
+        }
+    }  # fmt: skip
+
+
+def _free(file: SqliteFile) -> int:
+    return max(0, file.path.stat().st_size - file.used_bytes())
+
+
+def _told(found: dict[str, Any]) -> list[str]:
+    book = found["ledger"]
+    lines = [f"ledger {book['path']}: {told_size(book['bytes'])}, {told_size(book['free_bytes'])} of it free"]
+    lines += [f"  {name}: {rows:,}" for name, rows in book["rows"].items() if name != "meta"]
+    for name in ("oldest", "newest"):
+        if name in book:
+            record = book[name]
+            at = datetime.fromtimestamp(record["ended"], UTC)
+            lines.append(f"  {name} record: {record['number']}, job {clean(record['id'])}, {at:%Y-%m-%d %H:%M:%S} UTC")
+    if book["archived"]:
+        lines.append(f"  archived: records up to {book['archived']['number']}")
+    if "samples" in found:
+        samples = found["samples"]
+        lines.append(f"samples {samples['path']}: {told_size(samples['bytes'])}")
+        lines.append(f"  {samples['points']:,} of {_count(samples['jobs'], 'job')}")
+        lines.append(f"  dropped for room: {samples['dropped']:,}; lost, not written: {samples['lost']:,}")
+    else:
+        lines.append("samples: none")
+    return lines
+
+
+def _records(number: int) -> str:
+    return _count(number, "record")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
