@@ -65,6 +65,11 @@ class _OfJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     job: str
 
 
+class _Samples(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    job: str
+    started: float
+
+
 class _SetLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     job: str
     limits: dict[str, Any]
@@ -140,6 +145,7 @@ class Methods:
             "Events": (_Events, self._events),
             "Records": (_After, self._records),
             "Interim": (_After, self._interim),
+            "Samples": (_Samples, self._samples),
             "Cost": (_Nothing, self._cost),
             "Reload": (_Nothing, self._reload_call),
             "Quit": (_Nothing, self._quit),
@@ -316,6 +322,9 @@ class Methods:
 
     async def _interim(self, caller: Caller, wanted: _After) -> Answer:
         return await pages.interim(self._daemon, caller, wanted.after, every=self._reads_all(caller))
+
+    async def _samples(self, caller: Caller, wanted: _Samples) -> Answer:
+        return await pages.samples(self._daemon, caller, wanted.job, wanted.started, every=self._reads_all(caller))
 
     async def _snapshot(self, caller: Caller, _: _Nothing) -> Answer:
         self._must_rule(caller, "have all jobs read")

@@ -1,4 +1,4 @@
-"""What bills are made from, as the agent tells it: signed records and open jobs so far, a page at a time.
+"""What bills and reports are made from, as the agent tells it: records, open jobs so far, a page at a time; samples.
 
 A page is bounded in bytes, and in the records that are looked at for it, and between two readings of the ledger
 everybody else is served. Who may see what is decided by the caller: `every`, or own jobs only.
@@ -10,17 +10,20 @@ from typing import Any
 
 import msgspec
 
-from acctd import views
+from acctd import history, views
 from acctd.caller import Caller
 from acctd.daemon import Daemon
-from acctd.errors import UsageError
+from acctd.errors import NotFoundError, UsageError
 from acctd.model import INT64_MAX
+from acctd.points import Point
 
 _BYTES = 2**18  # of a page, and one record more
 _AT_ONCE = 256  # records that are looked at before somebody else has a turn: some ms
 _LOOKED = 40 * _AT_ONCE  # records that are looked at for a page
 _JOBS = 100  # of a page
 _JOBS_AT_ONCE = 10
+_COLUMNS = 400  # of a job's time, each with two samples at most: what a page draws
+_SAMPLE, _RULE = 256, 48  # bytes of one as JSON, and of each rule in it
 
 
 class _Whose(msgspec.Struct):
@@ -67,6 +70,43 @@ async def interim(daemon: Daemon, caller: Caller, after: int, *, every: bool) ->
             await asyncio.sleep(0)
     last = jobs[:_JOBS][-1][0] if jobs else after
     return {"records": found, "last": last, "more": len(jobs) > _JOBS, "all": every}
+
+
+async def samples(daemon: Daemon, caller: Caller, job: str, started: float, *, every: bool) -> dict[str, Any]:
+    """The kept samples of a job, by its id and its start: in each stretch of its time the one with the most memory and
+    the last one. Raises NotFoundError, which is also said of a job that is not the caller's, and LedgerError.
+    """
+    if job in daemon.jobs and daemon.jobs[job].row.created == started:
+        uid = daemon.jobs[job].spec.owner.uid
+    else:
+        record = daemon.record(job)
+        uid = record.uid if record.started == started else -1
+    if not every and uid != caller.uid:
+        raise NotFoundError(f"no job {job!r} of yours (uid {caller.uid}) began at {started}; ask its owner or root")
+    path = daemon.agent.config.state_dir / history.FILE
+    # A read of a file, which nobody else is to wait for.
+    kept = await asyncio.to_thread(history.kept, path, job, started)
+    return {"samples": [msgspec.to_builtins(point) for point in _few(kept)]}
+
+
+def _few(kept: list[Point]) -> list[Point]:
+    if not kept:
+        return []
+    room = 2**20 // (_SAMPLE + _RULE * max(len(point.network) for point in kept))
+    columns = max(1, min(_COLUMNS, room // 2))
+    most: dict[int, Point] = {}
+    last: dict[int, Point] = {}
+    length = kept[-1].at + 1
+    for point in kept:
+        column = point.at * columns // length
+        last[column] = point
+        if column not in most or _memory(point) > _memory(most[column]):
+            most[column] = point
+    return sorted({id(point): point for point in (*most.values(), *last.values())}.values(), key=lambda each: each.at)
+
+
+def _memory(point: Point) -> int:
+    return point.memory_anon + point.memory_shmem + point.memory_file + point.memory_kernel + point.memory_swap
 
 
 def _signed(daemon: Daemon, after: int) -> list[tuple[int, str, bytes]]:

@@ -140,10 +140,14 @@ method Snapshot() -> (seconds: float)
 method Events(since: ?int, job: ?string, limit: ?int) -> (events: []Event)
 
 # What bills are made from, some at a time, of own jobs; of all for root and who may read all, which `all` says: signed
-# records after a number (0), oldest first, and the open jobs after a number (0) as records that are not final, read now.
-# `last` is what to go on with while there is more.
+# records after a number (0), oldest first, and the open jobs after a number (0), read now, as records that are not
+# final. `last` is what to go on with while there is more.
 method Records(after: ?int) -> (records: []Signed, last: int, more: bool, all: bool)
 method Interim(after: ?int) -> (records: []object, last: int, more: bool, all: bool)
+
+# How a job of one's own went, by its id and `started` as its record has it: some hundred samples, each a list as
+# acctd/points.py declares it.
+method Samples(job: string, started: float) -> (samples: []object)
 
 # With `more`: one reply an event, from now on.
 method Watch() -> (event: Event)

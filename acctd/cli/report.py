@@ -49,7 +49,7 @@ def command(
     time, and what it cost. The page is one file that loads nothing: it can be sent, kept and printed. Without a tariff
     it has quantities and no prices.
 
-    An ordinary user gets own jobs from the agent, without plots: the samples that they are drawn from are root's.
+    An ordinary user gets own jobs, from the agent.
     """
     if (job is not None) + (user is not None) + node != 1:
         raise UsageError("give one of JOB, --user NAME and --node")

@@ -170,7 +170,17 @@ class _OfAgent:
                 yield job
 
     def points(self, record: Record) -> tuple[list[Point], str]:
-        return [], "Samples of a job are kept for root: the plots are in a report that root makes."
+        with Client(self.socket) as agent:
+            try:
+                told = agent.call("Samples", job=record.id, started=record.started)["samples"]
+            except (NotFoundError, LedgerError, UnavailableError) as e:
+                return [], f"There are no plots: {e}."
+        try:
+            return msgspec.convert(told, list[Point]), ""
+        except msgspec.ValidationError as e:
+            raise AcctdError(
+                f"the agent's answer is not as expected: {e}; see that it is of the same version"
+            ) from None
 
 
 def _pages(agent: Client, method: str) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,15 @@
 """`acctd report` on a node: jobs that ran, one that runs, by root and by others."""
 
+import json
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import acctd.cli.report  # noqa: F401  # what an ordinary user cannot load is loaded before
+from acctd import varlink
 from tests.kernel.conftest import Node
 from tests.kernel.served import Served
 from tests.kernel.test_admin import as_nobody, let_in
@@ -31,6 +35,28 @@ while time.monotonic() < end:
     held.append(bytearray(1 << 20))
     sum(range(300_000))
 """
+
+
+ASK = """
+import socket, sys
+made = socket.socket(socket.AF_UNIX)
+made.connect(sys.argv[1])
+made.sendall(sys.argv[2].encode() + bytes(1))
+data = b""
+while not data.endswith(bytes(1)):
+    data += made.recv(65536)
+sys.stdout.write(data[:-1].decode())
+"""
+
+
+def nobody_calls(served: Served, method: str, **parameters: object) -> dict[str, Any]:
+    """An ordinary user's call, with no client of ours."""
+    request = json.dumps({"method": f"{varlink.INTERFACE}.{method}", "parameters": parameters})
+    person = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    argv = [*person, "/usr/bin/python3", "-c", ASK, str(served.path), request]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
 
 
 def report(node: Node, *arguments: str) -> str:
@@ -82,6 +108,8 @@ def test_bad_questions(node: Node) -> None:
 
 def test_a_living_job_and_an_ordinary_user(served: Served, sleeper: Callable[[], subprocess.Popen[bytes]]) -> None:
     node = served.node
+    node.config.write_text(f"poll_interval = 0.2\n{node.config.read_text()}")
+    served.ok("Reload")
     served.ok("Create", job="mine", user="nobody", network="none", limits={"memory": 64 << 20})
     served.ok("Create", job="roots", network="none")
     unbegun = node.acctd("report", "mine", "--html", "-")
@@ -99,10 +127,20 @@ def test_a_living_job_and_an_ordinary_user(served: Served, sleeper: Callable[[],
     code, page, complaint = asked("mine")
     assert (code, complaint) == (0, "")
     assert "still running" in page
-    assert "Samples of a job are kept for root" in page
     assert asked("roots")[0] == 66
+    began = {job["id"]: job["started"] for job in served.ok("List")["jobs"]}
+    deadline = time.monotonic() + 30
+    while served.ok("Usage", job="mine")["job"]["wall_ns"] < 1e9:  # five readings
+        assert time.monotonic() < deadline
     served.ok("Finish", job="mine", exit_code=0)
-    assert "done, exit 0" in asked("mine")[1]
+    while "Memory by kind" not in (page := asked("mine")[1]):
+        assert time.monotonic() < deadline, "samples of a job that has ended are kept"
+    assert "done, exit 0" in page
+    assert len(nobody_calls(served, "Samples", job="mine", started=began["mine"])["parameters"]["samples"]) >= 2
+    for job, started in (("roots", began["roots"]), ("mine", began["mine"] + 1), ("never-was", 0.0)):
+        refused = nobody_calls(served, "Samples", job=job, started=started)
+        assert refused["error"].endswith(".NotFound"), refused
+    assert served.ok("Samples", job="roots", started=began["roots"])["samples"] is not None
     assert "Jobs of nobody" in asked("--user", "nobody")[1]
     for others in (["--node"], ["--user", "root"]):
         code, page, complaint = asked(*others)
