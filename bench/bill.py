@@ -62,18 +62,23 @@ ITEMS = ("CPU", "Egress", "Reads", "Jobs")
 PER_UNIT = {"CPU": 10**9}
 GROUPS = "account,month"
 
+# The quickest of five ways that were tried; with a schema in place of paths DuckDB takes ten times as long.
 DUCKDB = """
-SELECT sum(body.totals.cpu_user[''] + body.totals.cpu_system['']), sum(body.totals.network['OutgoingExternal']),
-       sum(body.totals.block_read['8:0']), count(*)
-FROM read_json('{files}', format = 'newline_delimited', columns = {{body:
-    'STRUCT(totals STRUCT(cpu_user MAP(VARCHAR, BIGINT), cpu_system MAP(VARCHAR, BIGINT), network MAP(VARCHAR, BIGINT),
-            block_read MAP(VARCHAR, BIGINT)))'}})
+SELECT sum(found[1]::BIGINT + found[2]::BIGINT), sum(found[3]::BIGINT), sum(found[4]::BIGINT), count(*)
+FROM (SELECT json_extract_string(json, [
+          '/body/totals/cpu_user/', '/body/totals/cpu_system/', '/body/totals/network/OutgoingExternal',
+          '/body/totals/block_read/8:0']) AS found
+      FROM read_json_objects('{files}', format = 'newline_delimited'))
 """
+# A sum in SQLite is of 64 bits, and a year of CPU is more ns than that: whole seconds and the rest apart.
 SQLITE = """
-SELECT sum(json_extract(body, '$.totals.cpu_user.""') + json_extract(body, '$.totals.cpu_system.""')),
-       sum(json_extract(body, '$.totals.network.OutgoingExternal')),
-       sum(json_extract(body, '$.totals.block_read."8:0"')), count(*)
-FROM (SELECT CAST(body AS TEXT) AS body FROM record)
+WITH used AS (
+    SELECT json_extract(body, '$.totals.cpu_user.""') + json_extract(body, '$.totals.cpu_system.""') AS cpu,
+           json_extract(body, '$.totals.network.OutgoingExternal') AS egress,
+           json_extract(body, '$.totals.block_read."8:0"') AS reads
+    FROM (SELECT CAST(body AS TEXT) AS body FROM record)
+)
+SELECT sum(cpu / 1000000000), sum(cpu % 1000000000), sum(egress), sum(reads), count(*) FROM used
 """
 
 
@@ -187,9 +192,10 @@ def by_duckdb(directory: Path) -> None:
 
 
 def by_sqlite(directory: Path) -> None:
-    """In a process of its own: prints the sums. A sum above 2^63 would be an error."""
+    """In a process of its own: prints the sums."""
     with sqlite3.connect(f"file:{directory / FILE}?mode=ro", uri=True) as db:
-        print(json.dumps(db.execute(SQLITE).fetchone()))
+        seconds, rest, *others = db.execute(SQLITE).fetchone()
+        print(json.dumps([seconds * 10**9 + rest, *others]))
 
 
 PEERS: dict[str, Callable[[Path], None]] = {"duckdb": by_duckdb, "sqlite": by_sqlite}

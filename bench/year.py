@@ -44,7 +44,7 @@ class Part(NamedTuple):
         step = (end - begin) / self.records
         for number in range(self.records):
             started = begin + (number + rng.random()) * step
-            wall = min(int(rng.expovariate(1 / 9000) * 1e9) + 10**9, int((END - started) * 1e9) - 1)
+            wall = min(int(rng.expovariate(1 / 9000) * 1e9) + 10**9, int((END - started) * 1e9) - 10**6)
             yield started + wall / 1e9, self._body(rng, number, started, wall)
 
     def _body(self, rng: random.Random, number: int, started: float, wall: int) -> bytes:

@@ -34,6 +34,7 @@ NUMBER = re.compile(r"\d+(\.\d+)?( \(\d+(\.\d+)?\))?\Z")
         ),
         ("bombs", ["pids limit 200", "no pids limit"]),
         ("sinks", ["no sink", "takes everything", "drops each connection"]),
+        ("bill", ["acctd bill", "DuckDB, plain sum", "acctd bill, the year", "SQLite, plain sum"]),
     ],
 )
 def test_a_quick_run_prints_its_table(module, rows):
