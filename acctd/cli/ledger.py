@@ -204,7 +204,7 @@ def _told(found: dict[str, Any]) -> list[str]:
     if "samples" in found:
         samples = found["samples"]
         lines.append(f"samples {samples['path']}: {told_size(samples['bytes'])}")
-        lines.append(f"  {samples['points']:,} of {_count(samples['jobs'], 'job')}")
+        lines.append(f"  {_count(samples['points'], 'point')} of {_count(samples['jobs'], 'job')}")
         lines.append(f"  dropped for room: {samples['dropped']:,}; lost, not written: {samples['lost']:,}")
     else:
         lines.append("samples: none")
