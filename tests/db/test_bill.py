@@ -1,4 +1,4 @@
-"""`acctd bill --from influxdb://...` against a real influxd: the ledger's bill to the last digit, however it is asked."""
+"""`acctd bill --from influxdb://...` and a real influxd: the ledger's bill to the last digit, however it is made."""
 
 import hashlib
 import json

@@ -143,7 +143,9 @@ def test_the_job_as_a_field() -> None:
         ("samples", f'acctd_cpu,{tags} job="1.0",user_ns=5i {TIME}'),
         ("samples", f'acctd_limit,{tags} job="1.0",pids=3i {TIME}'),
     ]
-    assert encoded(frame(record()), job_tag=False)[0][1].startswith(f'acctd_record,{tags},payer=ada job="1.0",cpu_user_ns=5i')
+    assert encoded(frame(record()), job_tag=False)[0][1].startswith(
+        f'acctd_record,{tags},payer=ada job="1.0",cpu_user_ns=5i'
+    )
 
 
 def test_limits_have_types_that_do_not_change() -> None:
