@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from acctd import spool
-from acctd.errors import AcctdError, NotPermittedError, UsageError
+from acctd.errors import AcctdError, NotFoundError, NotPermittedError, UsageError
 from acctd.frames import RECORDS, Mark, RecordFrame, decode
 from acctd.ledger import Ledger, fits
 from acctd.sinks import ExportConfig
@@ -162,36 +162,45 @@ def spooled(config: ExportConfig, ledger: Ledger) -> int | None:
     return None
 
 
-def follow(directory: Path, node: str, upto: int, digest: str, done: Done) -> tuple[int, int]:
-    """Follow the chain of digests through a node's files, up to a record with this digest at least; first and last.
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Records of one node in files, all as they were signed."""
+
+    node: str
+    first: int
+    last: int
+    joins: bool  # whether it has the record that the ledger goes on from
+
+
+def follow(directory: Path, upto: int, digest: str, done: Done) -> list[Chain]:
+    """Follow the chain of digests through each node's files; `upto` and `digest` of what left the ledger last.
 
     Raises AcctdError for the first record that is not as it was signed, and for one that is missing.
     """
-    first, at, previous = 0, 0, ""
-    for path in _files(directory, node):
-        for number, signed, body in _content(path):
-            if first and number <= at:
-                continue
-            # What the first one follows stands in an older file, somewhere else; unless it is the first of all.
-            if not first:
-                first, at = number, number - 1
-            elif number != at + 1:
-                raise AcctdError(f"record {at + 1} is missing before {path}; restore its file")
-            elif not fits(previous, body, signed):
-                raise _altered(number, body, path)
-            if (number == 1 and not fits("", body, signed)) or (number == upto and signed != digest):
-                raise _altered(number, body, path)
-            at, previous = number, signed
-            done(1, len(body))
-    if at < upto:
-        raise AcctdError(f"records {at + 1} to {upto} are in no file of {node} in {directory}; restore it")
-    return first, at
-
-
-def _altered(number: int, body: bytes, path: Path) -> AcctdError:
-    return AcctdError(
-        f"record {number} of job {Body.of(body).id!r} in {path} was altered after it was signed; restore it"
-    )
+    chains = []
+    for node in sorted({match["node"] for match, _ in _names(directory)}):
+        first, at, previous, joins = 0, 0, "", False
+        for path in _files(directory, node):
+            for number, signed, body in _content(path):
+                if first and number <= at:
+                    continue
+                # What the first one follows may stand in an older file, somewhere else.
+                if not first:
+                    first, at = number, number - 1
+                if number != at + 1:
+                    raise AcctdError(f"record {at + 1} is missing before {path}; restore its file")
+                if (first < number or number == 1) and not fits(previous, body, signed):
+                    job = Body.of(body).id
+                    raise AcctdError(
+                        f"record {number} of job {job!r} in {path} was altered after it was signed; restore it"
+                    )
+                at, previous = number, signed
+                joins = joins or (number, signed) == (upto, digest)
+                done(1, len(body))
+        chains.append(Chain(node, first, at, joins))
+    if upto and not any(chain.joins for chain in chains):
+        raise AcctdError(f"record {upto}, after which the ledger goes on, is in no file of {directory}; restore it")
+    return chains
 
 
 def _missing(ledger: Ledger, month: Month, directory: Path, done: Done) -> Iterator[Signed]:
@@ -263,16 +272,19 @@ def _content(path: Path) -> Iterator[Signed]:
 
 def _files(directory: Path, node: str, month: str | None = None) -> list[Path]:
     """A node's archives in a directory, in order of their numbers; of one month."""
-    try:
-        names = [(match, name) for name in os.listdir(directory) if (match := _NAME.match(name))]
-    except OSError as e:
-        raise AcctdError(f"cannot read {directory}: {e.strerror}; name a directory for archives") from e
     wanted = [
         (int(match["first"]), name)
-        for match, name in names
+        for match, name in _names(directory)
         if match["node"] == _plain(node) and month in (None, match["month"])
     ]
     return [directory / name for _, name in sorted(wanted)]
+
+
+def _names(directory: Path) -> list[tuple[re.Match[str], str]]:
+    try:
+        return [(match, name) for name in os.listdir(directory) if (match := _NAME.match(name))]
+    except OSError as e:
+        raise NotFoundError(f"cannot read {directory}: {e.strerror}; name a directory of archives") from e
 
 
 def make(directory: Path) -> None:

@@ -4,7 +4,6 @@ Works on the files, whether an agent lives or not.
 """
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -69,16 +68,18 @@ def verify(config_path: str | None, directory: Path | None) -> None:
     with _ledger(config) as book, progress("verifying") as begin:
         span, (out, digest) = book.span(), book.anchor()
         advance = begin(span.count, 0)
-        if directory is not None:
-            first, last = archives.follow(directory, socket.gethostname(), out, digest, advance)
+        chains = archives.follow(directory, out, digest, advance) if directory is not None else []
         at = span.first - 1
         for number in book.verify():
             advance(number - at, 0)
             at = number
         book.check()
-    if directory is not None:
-        emit(f"{_records(last - first + 1)} in {directory}, {first} to {last}: as they were signed")
-    elif out:
+    for chain in chains:
+        emit(
+            f"{_records(chain.last - chain.first + 1)} of {chain.node} in {directory}: as they were signed, "
+            f"{chain.first} to {chain.last}{', which the ledger goes on from' if chain.joins else ''}"
+        )
+    if out and directory is None:
         emit(f"records up to {out} were archived; name their directory, and they are verified too")
     until = f", the last one {span.last} with digest {span.last_digest}" if span.count else ""
     emit(f"{_records(span.count)} in {config.state_dir / FILE}: as they were signed{until}")

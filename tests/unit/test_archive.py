@@ -165,7 +165,9 @@ def test_what_is_removed_leaves_a_chain_that_goes_on(state: Path, files: Path) -
         assert book.digest(4) == before[3][1], "who follows the ledger finds where it was"
         assert book.next_id() == "r1"
     assert chain(files, state / FILE)[:5] == before
-    assert "1 to 4: as they were signed" in ok(state, "verify", str(files))
+    assert f"4 records of {NODE} in {files}: as they were signed, 1 to 4, which the ledger" in ok(
+        state, "verify", str(files)
+    )
     assert "records up to 4 were archived" in ok(state, "verify")
     assert "0 records of 0 months" in ok(state, "archive", "--before", "2026-03", "--remove", str(files))
     assert "3 records of 1 month " in ok(state, "archive", "--before", "2026-04", "--remove", str(files))
@@ -227,7 +229,10 @@ def test_two_nodes_may_share_a_directory(state: Path, files: Path, tmp_path: Pat
     for each in (state, other):
         ok(each, "archive", "--before", "2026-02", "--remove", str(files))
     assert sorted(in_files(files)) == sorted([f"{NODE}-2026-01-1.jsonl.gz", "wn_2__-2026-01-1.jsonl.gz"])
-    ok(state, "verify", str(files))
+    for each in (state, other):
+        assert ok(each, "verify", str(files)).count("as they were signed") == 3
+    (files / "wn_2__-2026-01-1.jsonl.gz").unlink()
+    assert "is in no file" in refused(run(other, "verify", str(files)))
 
 
 def test_a_sink_reads_what_is_archived(state: Path, files: Path) -> None:
@@ -270,7 +275,7 @@ def test_an_altered_archive_shows(state: Path, files: Path) -> None:
     path.write_bytes(gzip.compress(gzip.decompress(whole).splitlines(keepends=True)[1]))
     assert "record 3 is missing" in refused(run(state, "verify", str(files)))
     path.unlink()
-    assert "records 3 to 4 are in no file" in refused(run(state, "verify", str(files)))
+    assert "record 4, after which the ledger goes on, is in no file" in refused(run(state, "verify", str(files)))
 
 
 def alter(state: Path, statement: str) -> None:
@@ -355,7 +360,9 @@ def test_what_exporters_have_not_got_yet_stays(state: Path, files: Path, tmp_pat
 def test_size_counts_all(state: Path, files: Path) -> None:
     fill(state, *DAYS)
     with closing(History(state / SAMPLES)) as history:
-        history.append([(Whose(1, "a", 1.0), Point(n, 0, 0, 0, 0, 0, None, 0, 0, 0, 0, 0, 0, 0, 0)) for n in range(7)], 5.0)
+        history.append(
+            [(Whose(1, "a", 1.0), Point(n, 0, 0, 0, 0, 0, None, 0, 0, 0, 0, 0, 0, 0, 0)) for n in range(7)], 5.0
+        )
     found = json.loads(ok(state, "size", "--json"))
     book, samples = found["ledger"], found["samples"]
     assert book["rows"]["record"] == 5 and book["oldest"]["number"] == 1 and book["newest"]["id"] == "j5"
