@@ -163,7 +163,7 @@ def _used(found: Facts) -> Html:
     columns = [
         Column("What"),
         *(Column(title, number=True) for title in ("Asked for", "Used", "Share")),
-        Column("Share as a bar"),
+        Column("Share as a bar", spare=True),
     ]
     return table("What the job asked for, and what it used of it", columns, rows)
 
@@ -207,7 +207,12 @@ def _shortage(shortage: Shortage, number: int, record: Record, zone: tzinfo) -> 
         for kind, value in sorted((shortage.memory or {}).items(), key=lambda each: -each[1])
         if value > 0
     ][:12]
-    columns = [Column("Process"), Column("PID", number=True), Column("Resident", number=True), Column("Started")]
+    columns = [
+        Column("Process"),
+        Column("PID", number=True),
+        Column("Resident", number=True),
+        Column("Started", whole=True),
+    ]
     return tag(
         "div",
         tag("h3", f"Shortage {number}, {duration(after)} after the start"),

@@ -21,8 +21,8 @@ def bill_section(bill: Bill, looked: str) -> Html:
         Column("Item"),
         *([Column("Payer")] if several else []),
         *([Column(" / ".join(bill.group_by).capitalize())] if bill.group_by else []),
-        Column("Month"),
-        Column("Prices of"),
+        Column("Month", whole=True),
+        Column("Prices of", whole=True),
         Column("Tier"),
         Column("Quantity", number=True),
         Column("Unit"),
@@ -71,7 +71,11 @@ def top_items(bill: Bill) -> Html:
         [item, money(amount, bill.digits), bar(float(amount / most)) if most > 0 else None]
         for item, amount in sorted(sums.items(), key=lambda each: (-each[1], each[0]))[:20]
     ]
-    columns = [Column("Item"), Column(f"Amount, {bill.currency}", number=True), Column("Against the dearest")]
+    columns = [
+        Column("Item"),
+        Column(f"Amount, {bill.currency}", number=True),
+        Column("Against the dearest", spare=True),
+    ]
     return table("What cost most, discounts and minimums taken in", columns, rows)
 
 

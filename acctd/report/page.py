@@ -30,10 +30,17 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Of a table. Numbers stand at the right."""
+    """Of a table. Numbers stand at the right; `whole` cells are never broken; `spare` ones go on narrow screens."""
 
     title: str
     number: bool = False
+    whole: bool = False
+    spare: bool = False
+
+    @property
+    def kind(self) -> str | None:
+        """As classes of the sheet."""
+        return " ".join(name for name in ("number", "whole", "spare") if getattr(self, name)) or None
 
 
 def page(title: str, lead: str, sections: Sequence[Section], footer: Child) -> Html:
@@ -69,7 +76,7 @@ def table(
     foot: Sequence[Sequence[Child]] = (),
 ) -> Html:
     """A table, whose first column names each row. Wider ones can be scrolled, by keyboard too."""
-    heads = [tag("th", column.title, scope="col", class_="number" if column.number else None) for column in columns]
+    heads = [tag("th", column.title, scope="col", class_=column.kind) for column in columns]
     made = tag(
         "table",
         tag("caption", caption),
@@ -114,8 +121,10 @@ def _section(section: Section) -> Html:
 def _row(columns: Sequence[Column], row: Sequence[Child]) -> Html:
     cells = []
     for number, (column, cell) in enumerate(zip(columns, row, strict=True)):
-        kind = "number" if column.number else None
-        cells.append(tag("td", cell, class_=kind) if number else tag("th", cell, scope="row", class_=kind))
+        if number:
+            cells.append(tag("td", cell, class_=column.kind))
+        else:
+            cells.append(tag("th", cell, scope="row", class_=column.kind))
     return tag("tr", cells)
 
 

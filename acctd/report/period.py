@@ -114,7 +114,7 @@ def _efficiency(sums: Sums) -> Html:
     columns = [
         Column("What"),
         *(Column(title, number=True) for title in ("Asked for", "Used", "Share")),
-        Column("Share as a bar"),
+        Column("Share as a bar", spare=True),
     ]
     return join(
         table("What was asked for, and what was used of it", columns, rows) if rows else None,
@@ -211,7 +211,7 @@ def _jobs(subject: Subject) -> Html:
         row: list[Child] = [
             top.id,
             top.ending,
-            stamp(top.started, sums.zone),
+            stamp(top.started, sums.zone)[:16],
             duration(top.wall_ns),
             amount(top.cpu / _CORE_HOUR),
             f"{top.cpu / top.wall_ns:.2f}" if top.wall_ns else "",
@@ -224,10 +224,15 @@ def _jobs(subject: Subject) -> Html:
             row.insert(1, top.owner)
         rows.append(row)
     titles = (
-        *("Started", "Time", "Core-hours", "Cores used", "Cores asked for", "Memory at most", "Memory asked for"),
+        *("Time", "Core-hours", "Cores used", "Cores asked for", "Memory at most", "Memory asked for"),
         "Network",
     )
-    columns = [Column("Job"), Column("Ending"), *(Column(title, number=title != "Started") for title in titles)]
+    columns = [
+        Column("Job"),
+        Column("Ending"),
+        Column(f"Started, {sums.zone.key}", whole=True),
+        *(Column(title, number=True) for title in titles),
+    ]
     if subject.owners:
         columns.insert(1, Column("Owner"))
     more = sums.all.jobs - len(rows)

@@ -54,7 +54,7 @@ def _network(record: Record) -> Html:
             ]
         )
     numbers = (Column(title, number=True) for title in ("Size", "Bytes", "Packets"))
-    columns = [Column("Class and direction"), *numbers, Column("Against the largest")]
+    columns = [Column("Class and direction"), *numbers, Column("Against the largest", spare=True)]
     return table("Network", columns, rows) if rows else join()
 
 

@@ -154,9 +154,9 @@ def test_why_there_are_no_plots_is_told() -> None:
     assert "Samples are root" in job_page(subject(points=[], why_no_points="Samples are root's."))
 
 
-def test_a_month_with_a_reading_each_ten_seconds_is_a_small_page() -> None:
+def test_a_month_with_a_reading_each_minute_is_a_small_page() -> None:
     month = record(seconds=31 * 86400)
-    text = job_page(subject(record=month, points=points(month, 267_840)))
+    text = job_page(subject(record=month, points=points(month, 44_640)))
     assert len(text.encode()) < 160_000
 
 
