@@ -116,7 +116,7 @@ def _shortages(facts: Facts) -> list[Hint]:
     own = [shortage for shortage in facts.shortages if shortage.level == "job"]
     if own:
         limit = max((shortage.limit for shortage in own if shortage.limit is not None), default=None)
-        number = len(facts.shortages) + facts.shortages_dropped
+        number = len(own) + facts.shortages_dropped
         times = "once" if number == 1 else f"{number} times"
         at = "" if limit is None else f" at its limit of {size(limit)}"
         ask = "" if limit is None else f" Ask for {size(advised(limit))} next time, or make it need less."

@@ -59,7 +59,7 @@ def bill_section(bill: Bill, looked: str) -> Html:
             ("Rests on", looked),
         ]
     )
-    lines = table("Quantity times price is the amount", columns, rows, foot=foot)
+    lines = table("Quantity times price is the amount", columns, rows, foot=foot) if rows else tag("p", "Nothing.")
     return join(header, lines, [tag("p", tag("strong", "Note: "), f"{note.removesuffix('.')}.") for note in notes])
 
 

@@ -11,6 +11,7 @@ from acctd.metrics import split_rule
 from acctd.model import Record
 from acctd.points import Point, last_point
 from acctd.report import series
+from acctd.report.hints import count
 from acctd.report.markup import Html, join
 from acctd.report.page import STYLES, Column, Section, figure, table
 from acctd.report.plot import Band, Level, Mark, Plot
@@ -140,7 +141,7 @@ def _cpu(record: Record, points: Sequence[Point], final: Point) -> Section:
     drawn = series.rates(points, final, _CPU)
     cores = {name: [value / 1e9 for value in values] for name, values in drawn.values.items()}
     highest = max((sum(each) for each in _across(cores.values())), default=0.0)
-    asked = record.limits.cpus
+    asked = record.limits.cpus or (float(count(record.cpus)) if record.cpus else None)
     scale = plain_scale(1.05 * max(highest, asked if asked is not None and asked <= _FAR * highest else 0.0), "cores")
     mean = (final.cpu_user + final.cpu_system) / max(record.wall_ns, 1)
     said = f"CPU over {duration(record.wall_ns)}: {mean:.3g} cores on average, {highest:.3g} in the busiest step."
