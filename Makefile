@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vm test-db lint unit bench docs install-units fuzz man completions clean
+.PHONY: help setup demo test test-vm test-db test-browser lint unit bench docs install-units fuzz man completions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -23,8 +23,8 @@ demo: $(READY) ## run a job that uses memory, CPU, disk and network, and show it
 	$(RUN) -m lab.demo
 
 test: lint ## lint, types, and every test lane
-	tools/system-packages vm db
-	$(RUN) -m pytest
+	tools/system-packages vm db browser
+	$(RUN) -m tests
 
 lint: $(READY) ## formatter, linter and types
 	$(VENV)/bin/ruff format --check --quiet .
@@ -41,6 +41,10 @@ test-vm: $(READY) ## the lane of other cgroup layouts, and of a real systemd, in
 test-db: $(READY) ## the lane of real databases
 	tools/system-packages db
 	$(RUN) -m pytest tests/db
+
+test-browser: $(READY) ## the lane of reports in a real Chromium
+	tools/system-packages browser
+	$(RUN) -m pytest tests/browser
 
 bench: $(READY) ## all benchmarks; their tables belong into docs/performance.md
 	$(RUN) -m bench.lifecycle
