@@ -59,9 +59,9 @@ def size(config_path: str | None, as_json: bool) -> None:
 @_config_option
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 def verify(config_path: str | None, directory: Path | None) -> None:
-    """Say whether every record is as it was signed, and none is missing.
+    """Say whether all records are as they were signed.
 
-    With DIR the archived records there are followed first, up to the ledger's own. Ends with the first record that is
+    And that none is missing between two. With DIR the archived records there are followed first, up to the ledger's own. Ends with the first record that is
     not in order, by its number and job.
     """
     config = configuration.load(config_path, os.environ)
@@ -98,7 +98,7 @@ def verify(config_path: str | None, directory: Path | None) -> None:
 def archive(config_path: str | None, month: str, remove: bool, directory: Path) -> None:
     """Write the records of whole months into DIR, a file a month.
 
-    A file that is there is compared, and not written again. `acctd bill --from DIR` reads them.
+    A file that is there is compared, and not written again. `acctd bill --from records DIR` reads them.
     """
     now = datetime.now(UTC)
     before = archives.beginning(month, now)
