@@ -166,7 +166,7 @@ class Agent:
             raise UsageError(
                 f"cpuset {limits.cpuset!r}: linear:N cannot be changed while the job is there; finish it first"
             )
-        self.take(job)
+        self._meter(job)  # and nothing more: whoever reacts to a shortage, which a reading may tell, raises the limit
         change(job.cgroups, old, limits, reclaim=reclaim)
         row = replace(job.row, spec=replace(job.spec, limits=limits))
         job.integrals.reserve(limits, row.place.cpus, job.clock(boottime()))
@@ -233,6 +233,10 @@ class Agent:
 
     def take(self, job: Job, kind: type[object] = object) -> None:
         """Meter one job's counter files, or what one kind of reader reads. What cannot be read is noted."""
+        self._meter(job, kind)
+        self.after_reading(job)
+
+    def _meter(self, job: Job, kind: type[object] = object) -> None:
         at = job.clock(boottime())
         for reader in job.readers:
             if not isinstance(reader, kind):
@@ -250,7 +254,6 @@ class Agent:
             job.integrals.show(job.meter.totals, at)
             if at >= job.midnight:
                 job.keep_midnight(at, self._with_families(job))
-        self.after_reading(job)
 
     def _with_families(self, job: Job) -> State:
         """A job's totals with those of the families inside it, as in its record: each as it was read last."""
