@@ -14,7 +14,8 @@ from acctd.cli.asking import agent_options, complete_job, connect, no_color_opti
 from acctd.cli.output import emit, say
 from acctd.cli.spark import coloured, usable
 from acctd.cli.summary import living, shortages, summary
-from acctd.errors import LedgerError, NotFoundError, NotPermittedError, UnavailableError
+from acctd.client import Client, Job
+from acctd.errors import AcctdError, LedgerError, NotFoundError, NotPermittedError, UnavailableError
 from acctd.ledger import Ledger
 from acctd.model import Record
 from acctd.points import Point
@@ -33,12 +34,16 @@ def command(job: str, form: str | None, socket_path: str | None, config_path: st
     The agent is asked first, and reads the job for it. Where none answers, or it has no such job, the ledger is looked
     into, which takes root.
 
-    On a terminal, root sees small plots of how memory, CPU, network and disks were used in the course of the job, as
-    far as samples of it are kept. In a pipe there are none.
+    On a terminal there are small plots of how memory, CPU, network and disks were used in the course of the job, as far
+    as samples of it are kept. In a pipe there are none.
     """
+    kept: list[Point] = []
     try:
         with connect(socket_path, config_path) as agent:
             answer = agent.call("Usage", job=job)
+            shown = client.job(answer["job"])
+            if form is None and _drawn():
+                kept = _told(agent, shown)
     except (NotFoundError, UnavailableError) as e:
         # No agent is no error here: jobs of `acctd run` are none of its own.
         try:
@@ -52,8 +57,7 @@ def command(job: str, form: str | None, socket_path: str | None, config_path: st
     elif form == "classad":
         emit(str(answer["classad"]).removesuffix("\n"))
     else:
-        shown = client.job(answer["job"])
-        plots = _plots(config_path, shown.id, shown.started, course.now(shown))
+        plots = _plots(kept, course.now(shown))
         emit("\n".join(part for part in (living(shown), plots, shortages(shown.shortages)) if part))
 
 
@@ -76,21 +80,34 @@ def _show_record(record: Record, form: str | None, config_path: str | None) -> N
     elif form == "classad":
         emit(format_ad(record_ad(record)).removesuffix("\n"))
     else:
-        plots = _plots(config_path, record.id, record.started, None)
+        plots = _plots(_kept(record, config_path), None) if _drawn() else ""
         told = shortages(record.shortages, record.shortages_dropped)
         emit("\n".join(part for part in (summary(record), plots, told) if part))
 
 
-def _plots(config_path: str | None, job: str, started: float, now: Point | None) -> str:
-    """How the job went, where that can be seen; `now` is how a living one stands."""
-    # The samples are root's, as the ledger is.
-    if not sys.stdout.isatty() or not usable(sys.stdout.encoding, os.environ) or os.geteuid() != 0:
-        return ""
+def _drawn() -> bool:
+    """Whether plots can be seen."""
+    return sys.stdout.isatty() and usable(sys.stdout.encoding, os.environ)
+
+
+def _plots(kept: list[Point], now: Point | None) -> str:
+    return course.plots(kept, now, shutil.get_terminal_size().columns, colour=coloured(os.environ))
+
+
+def _told(agent: Client, job: Job) -> list[Point]:
+    """A living job's samples. That there are none is no reason to keep back what it uses."""
+    try:
+        return msgspec.convert(agent.call("Samples", job=job.id, started=job.started)["samples"], list[Point])
+    except AcctdError as e:
+        say(f"acctd: {e}")
+        return []
+
+
+def _kept(record: Record, config_path: str | None) -> list[Point]:
+    """An ended job's."""
     path = configuration.load(config_path, os.environ).state_dir / history.FILE
     try:
-        points = history.kept(path, job, started)
+        return history.kept(path, record.id, record.started)
     except LedgerError as e:
-        say(f"acctd: {e}")  # no reason to keep back what the job used
-        return ""
-    width = shutil.get_terminal_size().columns
-    return course.plots(points, now, width, colour=coloured(os.environ))
+        say(f"acctd: {e}")
+        return []

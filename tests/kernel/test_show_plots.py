@@ -1,11 +1,16 @@
 """`acctd show` on a terminal: how a job went, in a line each; and nothing of it anywhere else."""
 
+import os
+import pty
 import re
 import subprocess
+import sys
+import traceback
 from collections.abc import Callable
 
+from acctd.cli.main import main
 from tests.kernel.served import Served
-from tests.kernel.test_admin import COLOUR, Terminal, bare, busy, on_terminal
+from tests.kernel.test_admin import COLOUR, NOBODY, Terminal, bare, busy, let_in, on_terminal
 
 __all__ = ["busy", "on_terminal"]
 
@@ -84,6 +89,65 @@ def test_samples_that_are_damaged_keep_back_nothing_else(
     assert "job 42.0 of root" in seen
     assert "acctd: samples" in seen
     assert HEADING not in seen
+
+
+def test_an_owner_sees_the_plots_of_a_living_job(served: Served, on_terminal: Callable[..., Terminal]) -> None:
+    quick(served)
+    let_in(served)
+    # What it had before it was attached is not the job's.
+    uses = 'read -r line; kept=$(head -c 3000000 /dev/zero | tr "\\0" a); read -r line'
+    own = subprocess.Popen(["sh", "-c", uses], user=NOBODY.pw_uid, stdin=subprocess.PIPE)
+    assert own.stdin is not None
+    try:
+        served.ok("Create", job="42.0", network="none", user="nobody")
+        served.ok("Attach", job="42.0", pid=own.pid)
+        own.stdin.write(b"\n")
+        own.stdin.flush()
+        plotted(on_terminal)  # samples are kept
+        socket = {"ACCTD_SOCKET": str(served.path), "TERM": "xterm-256color"}
+        seen = bare(on_terminal_as_nobody("show", "42.0", **socket))
+        assert re.search(r"    memory +min +\S+  max +\S+  now +\S+  [▁-█]+", seen), seen
+    finally:
+        own.kill()
+        own.communicate()
+
+
+def on_terminal_as_nobody(*arguments: str, **environ: str) -> str:
+    """All that acctd writes to a terminal, as an ordinary user, in a child that needs no file of root's."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        told = as_nobody_here(*arguments, **environ)
+        os._exit(told)
+    seen = b""
+    while True:
+        try:
+            data = os.read(fd, 1 << 16)
+        except OSError:
+            break  # EIO: it has ended
+        if not data:
+            break
+        seen += data
+    os.close(fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, seen
+    return seen.decode()
+
+
+def as_nobody_here(*arguments: str, **environ: str) -> int:
+    """Become an ordinary user for good, and do what the command does."""
+    try:
+        os.setgroups([])
+        os.setresgid(NOBODY.pw_gid, NOBODY.pw_gid, NOBODY.pw_gid)
+        os.setresuid(NOBODY.pw_uid, NOBODY.pw_uid, NOBODY.pw_uid)
+        os.environ.update(environ)
+        os.environ.pop("NO_COLOR", None)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        main([*arguments])
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else 0
+    except BaseException:
+        traceback.print_exc()  # to the terminal, which is read; this child must not go on as a test run
+        return 99
+    return 0
 
 
 def test_bars_of_top_are_blocks_where_these_can_be_seen(
