@@ -25,15 +25,18 @@ class Stored:
 class Meter:
     """One job's totals."""
 
-    __slots__ = ("_kept", "totals")
+    __slots__ = ("_kept", "changes", "totals")
 
     def __init__(self) -> None:
+        self.changes = 0
+        """How often something was fed: as long as it is the same, all totals are."""
         self.totals: dict[Key, int] = {}
         # What belongs to a total and is not in its counter; almost always empty.
         self._kept: dict[Key, int] = {}
 
     def feed(self, readings: Readings) -> None:
         """Take in what the kernel counts now. A metric that is absent keeps its total."""
+        self.changes += 1
         totals, kept = self.totals, self._kept
         for key, value in readings.items():
             kind = key[0].kind

@@ -89,6 +89,7 @@ class SampleFile(SqliteFile):
         self._bound()
 
     def _before_tables(self) -> None:
+        self._db.execute("PRAGMA cache_size = -512")  # KiB: each row is written once, and seldom read
         self._db.execute(f"PRAGMA page_size = {_PAGE}")
         self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         self._db.execute(f"PRAGMA wal_autocheckpoint = {self._log // _PAGE // 2}")

@@ -6,8 +6,11 @@ No money rests on them: what cannot be written is told once, counted, and keeps 
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from acctd import family
 from acctd.config import SamplesConfig
@@ -21,9 +24,19 @@ from acctd.points import point
 
 _TURN = 60.0  # s for which points of a job may wait, to be written in one piece
 _TOGETHER = 6  # points that wait at most
+_IDLE = 60 * 10**9  # ns between two points of a job that does nothing
 _WAITING = 20_000  # points that are taken while one write is still under way, and ends of jobs
 
 log = logging.getLogger("acctd")
+
+
+@dataclass(slots=True)
+class _Newest:
+    """Of one job."""
+
+    mark: tuple[int, int | None] | None  # what it would have another point for; None where that is not known
+    point: Point
+    read: int  # its time when it was read last, and was still the same
 
 
 class Samples:
@@ -47,34 +60,50 @@ class Samples:
         self._patience = patience
         self._open_jobs = frozenset(open_jobs) if open_jobs is not None else None  # until the file has been told
         self._nested: set[int] = set()
+        self._newest: dict[int, _Newest] = {}
         self._points: list[tuple[Whose, Point]] = []
         self._finished: list[Record] = []
         self._history: History | None = None
         self._lost = 0
         self._lock = threading.Lock()
 
-    def begin_tick(self, jobs: Iterable[Job]) -> None:
+    def begin_tick(self, jobs: Collection[Job]) -> None:
         """All jobs are about to be read."""
         self._nested = {job.row.parent for job in jobs if job.row.parent is not None}
+        if len(self._newest) > 2 * len(jobs):
+            self._newest = {job.row.seq: self._newest[job.row.seq] for job in jobs if job.row.seq in self._newest}
 
     def sample(self, jobs: Mapping[str, Job], read: Iterable[Job]) -> None:
         """Some jobs have been read."""
         now = boottime()
         for job in read:
             row = job.row
-            if row.phase != "running" or row.terms.ended_ns is not None:
-                continue
-            stacked = [device for device, lies in job.stacked.items() if lies]
-            try:
-                made = point(now - row.boot_ns, self._totals(jobs, job), row.spec.limits.memory, stacked)
-            except Exception:  # one bad job must not cost the others their samples, nor the node its ticks
-                log.exception("job %s cannot be sampled", row.spec.id)
-                self._lost += 1
-                continue
-            self._points.append((Whose(row.seq, row.spec.id, row.created), made))
+            if row.phase == "running" and row.terms.ended_ns is None:
+                try:
+                    self._sample(jobs, job, now - row.boot_ns)
+                except Exception:  # one bad job must not cost the others their samples, nor the node its ticks
+                    log.exception("job %s cannot be sampled", row.spec.id)
+                    self._lost += 1
         if (over := len(self._points) - _WAITING) > 0:
             del self._points[:over]
             self._lost += over
+
+    def _sample(self, jobs: Mapping[str, Job], job: Job, at: int) -> None:
+        row = job.row
+        alone = row.seq not in self._nested and not job.families
+        mark = (job.meter.changes, row.spec.limits.memory) if alone else None
+        newest, whose = self._newest.get(row.seq), Whose(row.seq, row.spec.id, row.created)
+        if newest is not None and mark is not None and newest.mark == mark:
+            if at - newest.point.at < _IDLE:
+                newest.read = at
+                return
+        elif newest is not None and newest.read > newest.point.at:
+            # Up to there it did nothing: a plot must not begin to rise before.
+            self._points.append((whose, msgspec.structs.replace(newest.point, at=newest.read)))
+        stacked = [device for device, lies in job.stacked.items() if lies]
+        made = point(at, self._totals(jobs, job), row.spec.limits.memory, stacked)
+        self._newest[row.seq] = _Newest(mark, made, at)
+        self._points.append((whose, made))
 
     def finished(self, record: Record) -> None:
         """A job has ended: its record is its last point."""

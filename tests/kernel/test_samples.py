@@ -2,8 +2,9 @@
 
 import signal
 import sqlite3
+import subprocess
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,20 @@ def ticking(topology: Topology, tmp_path: Path) -> Iterator[Served]:
             assert served.stop() == 0
 
 
+@pytest.fixture
+def worker() -> Iterator[Sleeper]:
+    """Makes processes that do a little all the time; all gone at the end."""
+    with ExitStack() as stack:
+
+        def start() -> "subprocess.Popen[bytes]":
+            child = subprocess.Popen(["sh", "-c", "while sleep 0.02; do :; done"], start_new_session=True)
+            stack.callback(child.wait)
+            stack.callback(child.kill)
+            return child
+
+        yield start
+
+
 def path(node: Node) -> Path:
     return node.directory / "state" / FILE
 
@@ -52,9 +67,9 @@ def points(served: Served, job: str) -> list[Point]:
     return kept(path(served.node), job, started(served.node, job))
 
 
-def begin(served: Served, sleeper: Sleeper, job: str, **parameters: Any) -> None:
+def begin(served: Served, worker: Sleeper, job: str, **parameters: Any) -> None:
     served.ok("Create", job=job, **{"network": "none", **parameters})
-    served.ok("Attach", job=job, pid=sleeper().pid)
+    served.ok("Attach", job=job, pid=worker().pid)
 
 
 def ticks(served: Served) -> int:
@@ -66,29 +81,29 @@ def rises(found: list[Point]) -> bool:
     return [p.at for p in found] == sorted({p.at for p in found})
 
 
-def test_a_job_of_the_agent_has_points_and_its_record_is_the_last(ticking: Served, sleeper: Sleeper) -> None:
-    begin(ticking, sleeper, "j", limits={"memory": 64 << 20})
+def test_a_job_of_the_agent_has_points_and_its_record_is_the_last(ticking: Served, worker: Sleeper) -> None:
+    begin(ticking, worker, "j", limits={"memory": 64 << 20})
     until(lambda: len(points(ticking, "j")) >= 8)
     record = ticking.ok("Finish", job="j", exit_code=0)["record"]
     found = until(lambda: [p for p in points(ticking, "j") if p.at >= record["wall_ns"]] and points(ticking, "j"))
     assert rises(found) and found[0].at < 2 * 10**9
-    assert {p.memory_limit for p in found} == {64 << 20} and {p.pids for p in found[:-1]} == {1}
+    assert {p.memory_limit for p in found} == {64 << 20} and {p.pids for p in found[:-1]} <= {1, 2}
     assert found[-1].cpu_user == record["totals"]["cpu_user"][""]
     assert (found[-1].at, found[-1].pids) == (record["wall_ns"], 0)
 
 
-def test_a_familys_use_is_in_its_parents_points(ticking: Served, sleeper: Sleeper) -> None:
-    begin(ticking, sleeper, "outer")
-    begin(ticking, sleeper, "inner", parent="outer", network="parent")
-    until(lambda: points(ticking, "inner") and points(ticking, "outer")[-1].pids == 2)
-    assert points(ticking, "inner")[-1].pids == 1
+def test_a_familys_use_is_in_its_parents_points(ticking: Served, worker: Sleeper) -> None:
+    begin(ticking, worker, "outer")
+    begin(ticking, worker, "inner", parent="outer", network="parent")
+    until(lambda: points(ticking, "inner") and points(ticking, "outer")[-1].pids >= 2)
+    assert points(ticking, "inner")[-1].pids <= 2
     ticking.ok("Finish", job="outer")
     ends = until(lambda: [p for p in points(ticking, "outer") if p.pids == 0])
     assert len(ends) == 1
 
 
-def test_points_go_on_where_a_killed_agent_left_off(ticking: Served, sleeper: Sleeper) -> None:
-    begin(ticking, sleeper, "j")
+def test_points_go_on_where_a_killed_agent_left_off(ticking: Served, worker: Sleeper) -> None:
+    begin(ticking, worker, "j")
     before = until(lambda: (found := points(ticking, "j"))[5:] and found)
     ticking.stop(signal.SIGKILL)
     ticking.start()
@@ -97,9 +112,9 @@ def test_points_go_on_where_a_killed_agent_left_off(ticking: Served, sleeper: Sl
     assert after[: len(before)] == before and rises(after)
 
 
-def test_jobs_that_ended_while_there_was_no_agent_are_ended_here_too(ticking: Served, sleeper: Sleeper) -> None:
+def test_jobs_that_ended_while_there_was_no_agent_are_ended_here_too(ticking: Served, worker: Sleeper) -> None:
     ticking.ok("Create", job="j", network="none")
-    process = sleeper()
+    process = worker()
     ticking.ok("Attach", job="j", pid=process.pid)
     until(lambda: points(ticking, "j"))
     ticking.stop(signal.SIGKILL)
@@ -109,8 +124,8 @@ def test_jobs_that_ended_while_there_was_no_agent_are_ended_here_too(ticking: Se
     until(lambda: points(ticking, "j")[-1].pids == 0)
 
 
-def test_a_corrupt_file_is_put_aside_once_and_costs_no_job(ticking: Served, sleeper: Sleeper) -> None:
-    begin(ticking, sleeper, "j")
+def test_a_corrupt_file_is_put_aside_once_and_costs_no_job(ticking: Served, worker: Sleeper) -> None:
+    begin(ticking, worker, "j")
     until(lambda: points(ticking, "j"))
     ticking.stop(signal.SIGKILL)
     for suffix in ("-wal", "-shm"):
@@ -124,8 +139,8 @@ def test_a_corrupt_file_is_put_aside_once_and_costs_no_job(ticking: Served, slee
     assert ticking.ok("Finish", job="j")["record"]["notes"] == []
 
 
-def test_a_locked_file_holds_up_no_tick_and_no_finish(ticking: Served, sleeper: Sleeper) -> None:
-    begin(ticking, sleeper, "j")
+def test_a_locked_file_holds_up_no_tick_and_no_finish(ticking: Served, worker: Sleeper) -> None:
+    begin(ticking, worker, "j")
     until(lambda: points(ticking, "j"))
     with closing(sqlite3.connect(path(ticking.node), isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -138,8 +153,8 @@ def test_a_locked_file_holds_up_no_tick_and_no_finish(ticking: Served, sleeper: 
     assert rises(found)
 
 
-def test_nothing_is_kept_where_it_is_switched_off(ticking: Served, sleeper: Sleeper) -> None:
-    begin(ticking, sleeper, "j")
+def test_nothing_is_kept_where_it_is_switched_off(ticking: Served, worker: Sleeper) -> None:
+    begin(ticking, worker, "j")
     until(lambda: points(ticking, "j"))
     text = ticking.node.config.read_text()
     ticking.node.config.write_text(f"{text}\n[samples]\nmax = 0\n")
