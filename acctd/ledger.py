@@ -426,8 +426,8 @@ class Ledger(SqliteFile):
                 if not fits(before, body, digest):
                     row = self._row("SELECT id FROM record WHERE number = ?", number)
                     raise AcctdError(
-                        f"record {number}{f' of job {row[0]!r}' if row else ''} was altered after it was signed off, or "
-                        f"one before it is missing; restore {self.path}"
+                        f"record {number}{f' of job {row[0]!r}' if row else ''} was altered after it was signed off, "
+                        f"or one before it is missing; restore {self.path}"
                     )
                 before, at = digest, number
             yield at

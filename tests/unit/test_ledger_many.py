@@ -81,7 +81,7 @@ def test_all_digests_are_followed_to_the_first_that_does_not_fit(ledger, path, m
     with sqlite3.connect(path) as db:
         db.execute(damage)
     seen = []
-    with pytest.raises(AcctdError, match=f"record {number} was altered after it was signed off, or one before it"):
+    with pytest.raises(AcctdError, match=f"record {number} of job 'j{number}' was altered after it was signed off"):
         seen.extend(ledger.verify())
     assert seen == sorted(seen)
 
