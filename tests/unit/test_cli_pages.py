@@ -68,7 +68,8 @@ def test_rich_is_not_loaded_before_it_is_needed(arguments: list[str]) -> None:
 def test_every_command_has_a_page_and_every_page_is_whole(tmp_path: Path) -> None:
     manual.write(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"acctd.1", "acctd-hook.1", "acctd-config-check.1"} | {f"acctd-{name}.1" for name in cli._COMMANDS}
+    inner = {f"ledger-{name}" for name in ("archive", "size", "vacuum", "verify")} | {"config-check"}
+    assert names == {"acctd.1", "acctd-hook.1"} | {f"acctd-{name}.1" for name in (*cli._COMMANDS, *inner)}
     lint = subprocess.run(
         [tool("mandoc"), "-T", "lint", "-W", "warning", *sorted(tmp_path.iterdir())], capture_output=True, text=True
     )
