@@ -13,7 +13,7 @@ import msgspec
 from acctd import history, views
 from acctd.caller import Caller
 from acctd.daemon import Daemon
-from acctd.errors import NotFoundError, UsageError
+from acctd.errors import AcctdError, NotFoundError, UsageError
 from acctd.model import INT64_MAX
 from acctd.points import Point
 
@@ -34,7 +34,7 @@ _whose = msgspec.json.Decoder(_Whose)
 
 
 async def records(daemon: Daemon, caller: Caller, after: int, *, every: bool) -> dict[str, Any]:
-    """Signed ones after a number, oldest first. Raises UsageError, and what the ledger does."""
+    """Signed ones after a number, oldest first. Raises UsageError, AcctdError for one that is none, LedgerError."""
     _check(after)
     found: list[dict[str, Any]] = []
     last, size, looked, more = after, 0, 0, True
@@ -47,7 +47,10 @@ async def records(daemon: Daemon, caller: Caller, after: int, *, every: bool) ->
                 more = True
                 break
             last, looked = number, looked + 1
-            if every or _uid(body) == caller.uid:
+            uid = _uid(body)
+            if uid is None and every:
+                raise AcctdError(f"record {number} is altered beyond reading; restore the ledger")
+            if every or uid == caller.uid:
                 found.append({"number": number, "digest": digest, "body": msgspec.Raw(body)})
                 size += len(body)
         await asyncio.sleep(0)

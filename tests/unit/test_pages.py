@@ -1,32 +1,87 @@
-"""What the agent tells of a job's samples: few enough, none that matters left out."""
+"""Pages of records: everybody's own, all of them in the end, and none larger or dearer than one may be."""
 
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from acctd.pages import _few
-from acctd.points import Point
+import msgspec
+import pytest
+
+from acctd import pages
+from acctd.caller import Caller
+from acctd.errors import AcctdError, UsageError
+from acctd.ledger import FILE, Ledger
+from tests.unit.test_sources import ledger, record
+
+ADA, ROOT = Caller(1, 1000, 1000, ""), Caller(1, 0, 0, "")
 
 
-def point(at: int, anon: int = 0, rules: int = 0) -> Point:
-    known: dict[str, Any] = dict.fromkeys(Point.__struct_fields__, 0)
-    return Point(**(known | {"at": at, "memory_anon": anon, "network": {f"OutgoingC{n}": at for n in range(rules)}}))
+def page(path: Path, caller: Caller, after: int, *, every: bool) -> dict[str, Any]:
+    with Ledger(path) as book:
+        # As much of a daemon as is asked: its ledger, by way of its books.
+        daemon: Any = SimpleNamespace(
+            agent=SimpleNamespace(ledger=book), books=SimpleNamespace(read=lambda act: act()), jobs={}
+        )
+        return asyncio.run(pages.records(daemon, caller, after, every=every))
 
 
-def test_a_few_samples_are_told_as_they_are() -> None:
-    kept = [point(n * 10**9) for n in range(50)]
-    assert _few(kept) == kept
-    assert _few([]) == []
+def numbers(path: Path, caller: Caller, *, every: bool) -> tuple[list[int], int]:
+    """Of all records that one gets, and how many pages that took."""
+    found, last, more, turns = [], 0, True, 0
+    while more:
+        answer = page(path, caller, last, every=every)
+        size = sum(len(signed["body"]) for signed in answer["records"])
+        assert size <= pages._BYTES + 4096
+        found += [signed["number"] for signed in answer["records"]]
+        assert answer["last"] > last or not answer["more"], "each page goes on"
+        last, more, turns = answer["last"], answer["more"], turns + 1
+    return found, turns
 
 
-def test_of_many_the_peak_and_the_last_one_stay() -> None:
-    kept = [point(n * 10**9, anon=n % 100) for n in range(100_000)]
-    kept[77_777] = point(77_777 * 10**9, anon=10**6)
-    few = _few(kept)
-    assert len(few) <= 800
-    assert kept[77_777] in few
-    assert few[-1] == kept[-1]
-    assert [each.at for each in few] == sorted({each.at for each in few})
+def test_a_user_gets_own_records_and_root_all(tmp_path: Path) -> None:
+    path = ledger(tmp_path / FILE, [record(number, uid=1000 + number % 3) for number in range(1000)])
+    own, _ = numbers(path, ADA, every=False)
+    assert own == list(range(1, 1001, 3))
+    everything, turns = numbers(path, ROOT, every=True)
+    assert everything == list(range(1, 1001))
+    assert turns >= 2, "more than one page holds"
+    assert page(path, ADA, 0, every=False)["all"] is False
 
 
-def test_what_is_told_is_bounded_in_bytes() -> None:
-    few = _few([point(n * 10**9, rules=130) for n in range(2_000)])
-    assert 2 <= len(few) < 200
+def test_a_page_of_nothing_ends_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_LOOKED", 2 * pages._AT_ONCE)
+    path = ledger(tmp_path / FILE, [record(number, uid=7) for number in range(1, 1301)])
+    answer = page(path, ADA, 0, every=False)
+    assert (answer["records"], answer["last"], answer["more"]) == ([], 2 * pages._AT_ONCE, True)
+    assert numbers(path, ADA, every=False) == ([], 3)
+
+
+def test_the_last_page_is_told_as_such_also_where_it_is_full(tmp_path: Path) -> None:
+    path = ledger(tmp_path / FILE, [record(number) for number in range(pages._AT_ONCE)])
+    found, _ = numbers(path, ROOT, every=True)
+    assert found == list(range(1, pages._AT_ONCE + 1))
+
+
+def test_a_record_that_cannot_be_read_is_nobodys(tmp_path: Path) -> None:
+    path = ledger(tmp_path / FILE, [record(1), record(2)])
+    with Ledger(path) as book:
+        book._db.execute("UPDATE record SET body = x'ff' WHERE number = 1")
+    assert [signed["number"] for signed in page(path, ADA, 0, every=False)["records"]] == [2]
+    with pytest.raises(AcctdError, match="record 1 is altered"):
+        page(path, ROOT, 0, every=True)
+
+
+def test_bodies_are_those_that_were_signed(tmp_path: Path) -> None:
+    made = record(1, tags={"account": "ä\n"})
+    path = ledger(tmp_path / FILE, [made])
+    (signed,) = page(path, ROOT, 0, every=True)["records"]
+    assert bytes(signed["body"]) == msgspec.json.encode(made)
+    assert msgspec.json.encode(msgspec.json.decode(signed["body"])) == msgspec.json.encode(made)
+
+
+@pytest.mark.parametrize("after", [-1, 2**63])
+def test_numbers_that_are_none(tmp_path: Path, after: int) -> None:
+    path = ledger(tmp_path / FILE, [])
+    with pytest.raises(UsageError):
+        page(path, ROOT, after, every=True)
