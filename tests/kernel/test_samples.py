@@ -4,13 +4,15 @@ import signal
 import sqlite3
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from acctd.history import FILE, Point, kept
+from acctd.errors import LedgerError
+from acctd.history import FILE, History, Point, Whose, kept
 from acctd.ledger import FILE as LEDGER
 from acctd.ledger import Ledger
 from acctd.metrics import BLOCK_READ_BYTES
@@ -18,6 +20,8 @@ from lab.topology import Topology
 from tests.kernel.conftest import Node, make_node
 from tests.kernel.served import Served
 from tests.kernel.test_export import Sleeper, until
+
+POINT = Point(10**9, 2**30, 0, 0, 0, 0, None, 1, 1, 0, 0, 0, 0, 0, 1)
 
 BURN = "t=$(($(date +%s)+{})); while [ $(date +%s) -lt $t ]; do :; done"
 
@@ -151,6 +155,30 @@ def test_a_locked_file_holds_up_no_tick_and_no_finish(ticking: Served, worker: S
         other.execute("ROLLBACK")
     found = until(lambda: points(ticking, "j")[-1].pids == 0 and points(ticking, "j"))
     assert rises(found)
+
+
+def test_a_full_disk_delays_points_and_loses_none_in_a_while(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        whose = Whose(1, "j", 5.0)
+        with closing(History(tmp_path / FILE)) as history:
+            history.append([(whose, POINT)], 5.0)
+            with suppress(OSError), open(tmp_path / "much", "wb", buffering=0) as stream:
+                while stream.write(b"x" * 4096):
+                    pass
+            written = 1
+            for n in range(2, 40):
+                try:
+                    history.append([(whose, msgspec.structs.replace(POINT, at=n * 400 * 10**9))], 5.0)
+                    written = n
+                except LedgerError as e:
+                    assert "full" in str(e)
+            assert written < 39
+            (tmp_path / "much").unlink()
+            history.append([(whose, msgspec.structs.replace(POINT, at=40 * 400 * 10**9))], 5.0)
+            assert len(history.points(1)) == 40 and history.size().lost == 0
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_nothing_is_kept_where_it_is_switched_off(ticking: Served, worker: Sleeper) -> None:

@@ -133,6 +133,11 @@ WRONG = [
     ("[network]\npool4 = '10.0.0.0/31'", "network.pool4 '10.0.0.0/31' is out of range; it takes an IPv4 network"),
     ("[network]\npool4 = '10.0.0.1/24'", "has host bits set"),
     ("[network]\npool4 = 'fd00::/112'", "network.pool4 'fd00::/112' is not usable"),
+    ("[samples]\nmax = '1M'", "samples.max '1M' is too small; it takes 4M at least, or 0 to keep none"),
+    ("[samples]\nmax = -1", "samples.max -1 is out of range; it takes 0 to"),
+    ("[samples]\nmax = 'much'", "samples.max 'much' is no size; write it like 512M or 2G"),
+    ("[samples]\nfull = -1", "samples.full -1 is not usable; it takes a number of seconds"),
+    ("[samples]\nfull = 100\nminutes = 60", "samples.minutes 60 is below samples.full 100"),
     ("[network]\npool4 = ''", "network.pool4 '' is not usable"),
     (
         "[network]\npool6 = 'fd00::/63'",
