@@ -266,7 +266,7 @@ def free_port() -> int:
         return port
 
 
-def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
     """What the condition gives once it gives something."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

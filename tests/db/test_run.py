@@ -1,5 +1,6 @@
 """`acctd run --influx` against a real influxd: the agent's series, the ledger's numbers, and nothing lost."""
 
+import itertools
 import json
 import signal
 from collections.abc import Iterator
@@ -117,11 +118,18 @@ def test_what_a_dead_database_does_not_take_is_delivered_by_the_next_run(node: N
     assert "for the next --influx" in said
     assert len(list((node.directory / "state" / "outbox").iterdir())) == 1
     database.start()
-    run(node, database, "second", "sh", "-c", "sleep 1")
-    rows = until(lambda: [row for row in database.ask("SELECT * FROM years.acctd_record")])
-    assert {row["job"] for row in rows} == {"first", "second"}
+    # A busy machine may take more than one.
+    used: list[str] = []
+
+    def delivered() -> bool:
+        used.append(f"later-{len(used)}")
+        run(node, database, used[-1], "sh", "-c", "sleep 1")
+        return list((node.directory / "state" / "outbox").iterdir()) == []
+
+    until(delivered)
+    rows = database.ask("SELECT * FROM years.acctd_record")
+    assert {row["job"] for row in rows} == {"first", *used}
     assert next(row for row in rows if row["job"] == "first")["wall_ns"] == record["wall_ns"]
-    assert list((node.directory / "state" / "outbox").iterdir()) == []
 
 
 def test_runs_at_one_time_and_what_many_left_keep_nobody_waiting(node: Node, database: Database) -> None:
@@ -140,9 +148,10 @@ def test_runs_at_one_time_and_what_many_left_keep_nobody_waiting(node: Node, dat
     _, said = run(node, database, "next", "true")
     assert said.count("for the next --influx") == 1, "it speaks of its own alone"
     database.start()
-    run(node, database, "last", "sh", "-c", "sleep 4")
-    until(lambda: len(database.ask("SELECT wall_ns FROM acctd_record")) == 8)
-    assert list(outboxes.iterdir()) == []
+    # One does for all of them on a quiet machine.
+    numbers = itertools.count()
+    until(lambda: run(node, database, f"last-{next(numbers)}", "sleep", "2") and list(outboxes.iterdir()) == [])
+    assert len(database.ask("SELECT wall_ns FROM acctd_record")) == 8
 
 
 def _has_its_record(place: Path) -> bool:
@@ -154,19 +163,22 @@ def test_the_record_of_a_run_that_was_killed_is_sent_too(node: Node, database: D
     argv = node.argv(
         "run", "--id", "cut", "--network", "none", "--influx", f"{database.url}?db=acctd&timeout=0.3", "--"
     )
-    process = node.topology.popen(node.topology.node, [*argv, "sleep", "3"], env=node.environ, stderr=-3)
+    over = node.directory / "over"
+    job = ["sh", "-c", f"until test -e {over}; do sleep 0.1; done"]
+    process = node.topology.popen(node.topology.node, [*argv, *job], env=node.environ, stderr=-3)
     outboxes = node.directory / "state" / "outbox"
     until(lambda: list(outboxes.glob("cut.*/spool/samples/*")))
     process.kill()
     process.wait()
     database.start()
     run(node, database, "while-it-lives", "true")
-    assert [path.name.split(".")[0] for path in outboxes.iterdir()] == ["cut"], "its job goes on"
+    assert "cut" in {path.name.split(".")[0] for path in outboxes.iterdir()}, "its job goes on"
+    over.touch()
     until(lambda: node.acctd("run", "-q", "--network", "none", "--", "true") and _has_record(node, "cut"))
-    run(node, database, "after", "sleep", "2")
-    rows = until(lambda: database.ask("SELECT state FROM acctd_record WHERE job = 'cut'"))
+    numbers = itertools.count()
+    until(lambda: run(node, database, f"after-{next(numbers)}", "sleep", "1") and list(outboxes.iterdir()) == [])
+    rows = database.ask("SELECT state FROM acctd_record WHERE job = 'cut'")
     assert [row["state"] for row in rows] == ["lost"]
-    assert list(outboxes.iterdir()) == []
 
 
 def _has_record(node: Node, name: str) -> bool:
