@@ -97,7 +97,7 @@ def test_agent_and_run_write_the_same_series(node: Node, database: Database) -> 
     served.ok("Snapshot")
     served.ok("Finish", job="held", exit_code=0)
     served.ok("Snapshot")
-    assert node.acctd("export", "--once").returncode == 0
+    until(lambda: node.acctd("export", "--once").returncode == 0)
     assert served.stop() == 0
     tags = {row["name"] for row in database.ask("SHOW TAG KEYS")}
     for measurement in sorted(tags - {"acctd_agent", "acctd_event"}):
@@ -107,6 +107,8 @@ def test_agent_and_run_write_the_same_series(node: Node, database: Database) -> 
                   for key, value in row.items() if value is not None}
             for job in ("alone", "held")
         }  # fmt: skip
+        if measurement == "acctd_blkio" and not all(keys.values()):
+            continue  # whether a job's programs come from the disk or from the page cache is not its doing
         assert keys["alone"] == keys["held"], measurement
         assert keys["alone"], measurement
     hosts = {row["value"] for row in database.ask('SHOW TAG VALUES WITH KEY = "host"')}
