@@ -316,6 +316,10 @@ class Ledger(SqliteFile):
         jobs = [_open_job(self.path, row, midnights.get(row[0], [])) for row in rows]
         return [replace(job, seen_ns=max(job.seen_ns, int(at))) if job.keeper == keeper else job for job in jobs]
 
+    def open_seqs(self) -> list[int]:
+        """Which open jobs there are, without all that is known of them."""
+        return [seq for (seq,) in self._rows("SELECT seq FROM job")]
+
     def leases_beside(self, job: OpenJob) -> list[Place]:
         """Where the other open jobs have their leases."""
         rows = self._rows("SELECT DISTINCT place FROM job WHERE slot IS NOT NULL AND seq != ?", job.seq)

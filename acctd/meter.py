@@ -29,7 +29,9 @@ class Meter:
 
     def __init__(self) -> None:
         self.changes = 0
-        """How often something was fed: as long as it is the same, all totals are."""
+        """How often something was fed: as long as it is the same, so is all that was ever fed. Sums over time, which
+        integrals.py puts beside it, grow all the same.
+        """
         self.totals: dict[Key, int] = {}
         # What belongs to a total and is not in its counter; almost always empty.
         self._kept: dict[Key, int] = {}

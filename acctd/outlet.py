@@ -102,7 +102,7 @@ class Outlet:
         if not config.samples.max:
             return None
         try:
-            open_jobs = [row.seq for row in self._agent.ledger.open_jobs()]
+            open_jobs = self._agent.ledger.open_seqs()
         except AcctdError as e:
             self._news.trouble(None, f"no samples are kept until the next reload: {e}")
             return None

@@ -98,7 +98,10 @@ class SampleFile(SqliteFile):
     def _trouble(self, error: Exception) -> AcctdError:
         if "no such" in str(error):  # table or column: somebody else has changed it
             return LedgerError(f"{self.kind} {self.path} is corrupt ({error})", corrupt=True)
-        return super()._trouble(error)
+        told = super()._trouble(error)
+        if isinstance(told, LedgerError) and not told.corrupt:
+            return LedgerError(f"samples for plots wait, and are lost later: {self.path} cannot be written ({error})")
+        return told
 
     # Writing
 
