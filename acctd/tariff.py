@@ -4,7 +4,9 @@ Prices are decimals as written, never binary fractions. The tariff is known by t
 """
 
 import hashlib
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterable
 from datetime import date
@@ -26,6 +28,12 @@ _WORDS = (
     *(("Expected", "expected"), ("Invalid", "invalid"), (" | null", ""), ("RFC3339 encoded ", ""), ("array", "list")),
 )
 """msgspec's words, and how a reader of TOML knows them."""
+_NUMBER = re.compile(r"\d{1,40}(\.\d{1,40})?\Z", re.ASCII)
+_NUMBERS = ("price", "up_to", "minimum", "percent")
+_NO_ZONES = ("localtime", "posixrules", "Factory")
+"""Files beside the zones, which are another zone on another host, or none."""
+
+_BYTES_MAX = 1 << 20
 _NAME_MAX = 100
 _PLACES = 18
 """Decimal places of a price at most; as many digits may stand before the point."""
@@ -114,29 +122,37 @@ class Tariff(msgspec.Struct, frozen=True, kw_only=True):
 def load(path: str) -> Tariff:
     """The tariff in a file. Raises ConfigError for the first mistake in it, NotFoundError, NotPermittedError."""
     try:
-        with open(path, "rb") as stream:
-            body = stream.read()
+        # A pipe that nobody writes into must not be waited for, and a device may have no end.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise ConfigError(f"tariff {path!r} is no regular file; name a TOML file")
+            body = stream.read(_BYTES_MAX + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(f"tariff {path!r} does not exist; name a file that does") from None
     except IsADirectoryError:
         raise ConfigError(f"tariff {path!r} is a directory; name a TOML file") from None
     except PermissionError:
         raise NotPermittedError(f"tariff {path!r} may not be read by this user; change its mode") from None
+    if len(body) > _BYTES_MAX:
+        raise ConfigError(f"tariff {path!r} has more than {_BYTES_MAX} bytes; name a TOML file with prices")
     return parse(body, path)
 
 
 def parse(body: bytes, name: str) -> Tariff:
     """The tariff in a file's bytes; `name` is what mistakes are told with. Raises ConfigError."""
     try:
-        data = tomllib.loads(body.decode(), parse_float=Decimal)
+        data = tomllib.loads(body.decode("utf-8-sig"), parse_float=_decimal)
     except UnicodeDecodeError as e:
         raise ConfigError(f"{name}: byte {e.start} is no UTF-8; save the file as UTF-8") from None
     except (ValueError, ArithmeticError, RecursionError) as e:  # an integer may be too long, a table too deep
         raise ConfigError(f"{name}: this is no TOML: {e}; see tariffs/example.toml") from None
     try:
+        _check_numbers("", data)
         file = msgspec.convert(data, type=_File)
     except msgspec.ValidationError as e:
         raise ConfigError(f"{name}: {_sentence(e, data)}") from None
+    except _MistakeError as e:
+        raise ConfigError(f"{name}: {e}; see tariffs/example.toml") from None
     try:
         periods = _checked(file)
     except _MistakeError as e:
@@ -153,6 +169,26 @@ def parse(body: bytes, name: str) -> Tariff:
 
 class _MistakeError(Exception):
     """One sentence on what is wrong, without the file's name."""
+
+
+def _decimal(text: str) -> Decimal:
+    """A TOML float as it is written; one beyond what decimals hold becomes NaN, which is refused by its name later."""
+    try:
+        return Decimal(text)
+    except ArithmeticError:
+        return Decimal("NaN")
+
+
+def _check_numbers(key: str, value: Any) -> None:
+    """A price may be written as text, but only as digits and a point: Decimal takes any script's digits, and `_`."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_numbers(name, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_numbers(key, inner)
+    elif key in _NUMBERS and isinstance(value, str) and not _NUMBER.match(value) and not _decimal(value).is_nan():
+        raise _MistakeError(f"{key} {value[:40]!r} is no number; write it like 0.09")
 
 
 def _sentence(error: msgspec.ValidationError, data: Any) -> str:
@@ -183,11 +219,12 @@ def _checked(file: _File) -> tuple[Period, ...]:
     if not 0 <= file.digits <= 6:
         raise _MistakeError(f"digits {file.digits} is out of range; it takes 0 to 6")
     try:
+        known = file.timezone not in _NO_ZONES and not file.timezone.startswith(("right/", "posix/"))
         ZoneInfo(file.timezone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise _MistakeError(
-            f"timezone {file.timezone[:40]!r} is not known; write it like UTC or Europe/Zurich"
-        ) from None
+        known = False
+    if not known:
+        raise _MistakeError(f"timezone {file.timezone[:40]!r} is not known; write it like UTC or Europe/Zurich")
     if not file.periods:
         raise _MistakeError("there is no period; write [[period]] with valid_from and items")
     for before, after in pairwise(file.periods):
@@ -271,7 +308,7 @@ def _check_discount(where: str, discount: Discount, names: Iterable[str]) -> Non
 
 def _money(where: str, value: Decimal, places: int = _PLACES) -> None:
     """An ordinary number: finite, not negative, and short enough to be reckoned with exactly."""
-    if not value.is_finite() or value < 0 or value.adjusted() >= _PLACES:
+    if not value.is_finite() or value.is_signed() or value.adjusted() >= _PLACES:
         raise _MistakeError(f"{where} {str(value)[:40]} is out of range; it takes 0 to 10^{_PLACES}")
     exponent = value.as_tuple().exponent
     if isinstance(exponent, int) and exponent < -places:

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from acctd.errors import ExhaustedError, NotFoundError, NotPermittedError, UsageError
+from acctd.model import INT64_MAX
 from acctd.sources.looked import Looked, digest
 from acctd.usage import Usage
 
@@ -35,7 +36,7 @@ _OFFSET = 44  # bits of a place; a file has 16 TiB at most
 _GZIP = b"\x1f\x8b"
 _YEAR_9999 = 253402300799.0
 
-_Count = Annotated[int, Meta(ge=0)]
+_Count = Annotated[int, Meta(ge=0, le=INT64_MAX)]
 WRONG = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What is no record raises one of these."""
 

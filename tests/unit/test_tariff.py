@@ -1,6 +1,7 @@
 """Tariffs from TOML: what is taken, and that each mistake is told in one sentence that names it."""
 
 import hashlib
+import os
 import re
 from datetime import date
 from decimal import Decimal
@@ -202,3 +203,33 @@ def test_amazons_egress_dollar_for_dollar() -> None:
         ("vCPU", "1.58"),
         ("Memory", "0.72"),
     ]
+
+
+@pytest.mark.parametrize("zone", ["localtime", "posixrules", "Factory", "right/UTC", "posix/Europe/Zurich"])
+def test_a_zone_is_the_same_on_every_host(zone: str) -> None:
+    with pytest.raises(ConfigError, match="timezone"):
+        parse(GOOD.replace("[[period]]", f'timezone = "{zone}"\n[[period]]', 1).encode(), "t")
+
+
+@pytest.mark.parametrize(
+    "number", ['"1_5"', '"١.٥"', '" 1"', '"-0"', '"1e3"', "-0.0", "1e999999999999999999999", "nan"]
+)
+def test_prices_are_ordinary_numbers(number: str) -> None:
+    with pytest.raises(ConfigError, match="price"):
+        parse(re.sub(r"price = [\d.]+", f"price = {number}", GOOD, count=1).encode(), "t")
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert load(str(file)).name == parse(GOOD.encode(), "t").name
+
+
+def test_only_a_regular_file_of_reasonable_size_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(ConfigError, match="no regular file"):
+            load(path)
+    (tmp_path / "large").write_bytes(b"#" * (2 << 20))
+    with pytest.raises(ConfigError, match="more than"):
+        load(str(tmp_path / "large"))
