@@ -12,7 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterable
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from acctd.agent import Agent
 from acctd.cli.summary import size
@@ -21,8 +21,10 @@ from acctd.job import Job
 from acctd.kernel import libc
 from acctd.meter import State
 from acctd.model import Record
-from acctd.samples import Samples
 from acctd.shortages import Shortages
+
+if TYPE_CHECKING:
+    from acctd.samples import Samples
 
 _FORWARDED = {
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2,
@@ -115,7 +117,7 @@ class Course:
         """`ended`: jobs that were finished in place of a dead acctd."""
         self._job, self._ended = job, ended
         self._config, self._state_dir = agent.config.samples, agent.config.state_dir
-        self._samples: Samples | None = None
+        self._samples: "Samples | None" = None
         self.troubles: dict[str, None] = {}
         """What could not be kept, one sentence each."""
 
@@ -124,6 +126,8 @@ class Course:
         if not self._config.max:
             return
         if self._samples is None:
+            from acctd.samples import Samples  # most jobs of acctd run are too short to need it
+
             self._samples = Samples(self._config, self._state_dir, patience=_PATIENCE)
             for record in self._ended:
                 self._samples.finished(record)
