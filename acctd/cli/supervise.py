@@ -117,7 +117,7 @@ class Course:
         """`ended`: jobs that were finished in place of a dead acctd."""
         self._job, self._ended = job, ended
         self._config, self._state_dir = agent.config.samples, agent.config.state_dir
-        self._samples: "Samples | None" = None
+        self._samples: Samples | None = None
         self.troubles: dict[str, None] = {}
         """What could not be kept, one sentence each."""
 
