@@ -257,12 +257,13 @@ class Ledger(SqliteFile):
         with self._synchronous("FULL"), self._writing() as db:
             if self._row("SELECT 1 FROM record WHERE seq = ?", seq) is not None:
                 return False
-            number, digest = self._last()
-            ended = record.started + record.wall_ns / 1e9
+            number, before = self.last()
+            digest, ended = _digest(before, body), record.started + record.wall_ns / 1e9
             db.execute(
                 "INSERT INTO record (number, seq, id, owner, ended, body, digest) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (number + 1, seq, record.id, record.owner, ended, body, _digest(digest, body)),
+                (number + 1, seq, record.id, record.owner, ended, body, digest),
             )
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('last', ?)", (f"{number + 1} {digest}",))
             db.execute("UPDATE job SET phase = 'closed' WHERE seq = ?", (seq,))
             if inside:
                 self._tell_parent(seq, inside)
@@ -311,7 +312,9 @@ class Ledger(SqliteFile):
         seen = self._row("SELECT value FROM meta WHERE key = 'seen'")
         keeper, _, at = seen[0].partition(" ") if seen else ("", "", "0")
         midnights: dict[int, list[tuple[int, bytes]]] = {}
-        for seq, ns, totals in self._rows("SELECT seq, ns, totals FROM midnight ORDER BY seq, ns"):
+        kept = "SELECT seq, ns, totals FROM midnight"
+        one = f"{kept} WHERE seq = {rows[0][0]:d} ORDER BY ns" if len(rows) == 1 else f"{kept} ORDER BY seq, ns"
+        for seq, ns, totals in self._rows(one) if rows else ():
             midnights.setdefault(seq, []).append((ns, totals))
         jobs = [_open_job(self.path, row, midnights.get(row[0], [])) for row in rows]
         return [replace(job, seen_ns=max(job.seen_ns, int(at))) if job.keeper == keeper else job for job in jobs]
@@ -368,12 +371,13 @@ class Ledger(SqliteFile):
     def newest(self) -> tuple[int, str, Event]:
         """Number and digest of the last record, and the last event; 0, "" and an event 0 where there is none."""
         events = self.events(limit=1)
-        return *self._last(), events[0] if events else Event(0, 0.0, None, None, "", "")
+        return *self.last(), events[0] if events else Event(0, 0.0, None, None, "", "")
 
-    def _last(self) -> tuple[int, str]:
-        """Number and digest of the last record, also of one that was taken out."""
-        row = self._row("SELECT number, digest FROM record ORDER BY number DESC LIMIT 1")
-        return row if row is not None else self.anchor()
+    def last(self) -> tuple[int, str]:
+        """Number and digest of the record that was signed last, whatever became of it; 0 and "" where none was."""
+        row = self._row("SELECT number, digest FROM record ORDER BY number DESC LIMIT 1") or (0, "")
+        signed = self._signature("last")
+        return signed if signed[0] > row[0] else row
 
     # Many records at once
 
@@ -393,7 +397,7 @@ class Ledger(SqliteFile):
         before are among them). Some hundred are in memory at a time, and nobody who writes is held up in between. Up
         to the last one that is there at the first; those of a job that is signed off meanwhile are not read.
         """
-        upto = self._last()[0] if upto is None else upto
+        upto = self.last()[0] if upto is None else upto
         wanted, values = "", list[object]()
         if owner is not None:
             wanted, values = " AND owner = ?", [owner]
@@ -413,30 +417,12 @@ class Ledger(SqliteFile):
             yield from rows
             after = rows[-1][0]
 
-    def verify(self) -> Iterator[int]:
-        """Follow the chain of digests from the first record to the last one that is there now.
-
-        Gives the number up to which all is well, now and then. Raises AcctdError at the first record that was altered,
-        or has one missing before it.
-        """
-        upto, (at, before) = self._last()[0], self.anchor()
-        while rows := self.records_after(at, _CHUNK):
-            if self.anchor()[0] > at:
-                at, before = self.anchor()  # somebody has taken records out meanwhile
-                continue
-            for number, digest, body in rows:
-                if number > upto:
-                    break
-                if not fits(before, body, digest):
-                    row = self._row("SELECT id FROM record WHERE number = ?", number)
-                    raise AcctdError(
-                        f"record {number}{f' of job {row[0]!r}' if row else ''} was altered after it was signed off, "
-                        f"or one before it is missing; restore {self.path}"
-                    )
-                before, at = digest, number
-            yield at
-            if at >= upto:
-                return
+    def signed_after(self, number: int, limit: int) -> list[tuple[int, str, str, float, str, bytes]]:
+        """The first records after a number, with what they are found by: number, id, owner, end, digest, body."""
+        return self._rows(
+            "SELECT number, id, owner, ended, digest, body FROM record WHERE number > ? ORDER BY number LIMIT ?",
+            *(number, limit),
+        )
 
     def take_out(self, upto: int) -> int:
         """Remove the records up to a number, which are safe elsewhere; how many.
@@ -450,13 +436,28 @@ class Ledger(SqliteFile):
             last = self._row("SELECT number, digest FROM record WHERE number <= ? ORDER BY number DESC LIMIT 1", upto)
             if last is None:
                 return 0
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('anchor', ?)", (f"{last[0]} {last[1]}",))
+            ended = self._row("SELECT MAX(ended) FROM record WHERE number <= ?", upto) or (0.0,)
+            until = max(self.taken_until(), ended[0])
+            db.execute(
+                "INSERT OR REPLACE INTO meta VALUES ('anchor', ?), ('taken_until', ?)",
+                (f"{last[0]} {last[1]}", str(until)),
+            )
             return db.execute("DELETE FROM record WHERE number <= ?", (upto,)).rowcount
 
     def anchor(self) -> tuple[int, str]:
         """Number and digest of the last record that was taken out; 0 and "" where none was."""
-        row = self._row("SELECT value FROM meta WHERE key = 'anchor'")
-        number, _, digest = row[0].partition(" ") if row else ("0", "", "")
+        return self._signature("anchor")
+
+    def taken_until(self) -> float:
+        """Until when the jobs of records that were taken out went on, s since the epoch; 0.0 where none was."""
+        row = self._row("SELECT value FROM meta WHERE key = 'taken_until'")
+        return float(row[0]) if row else 0.0
+
+    def _signature(self, key: str) -> tuple[int, str]:
+        row = self._row("SELECT value FROM meta WHERE key = ?", key)
+        number, _, digest = str(row[0]).partition(" ") if row else ("0", "", "")
+        if not number.isdecimal():
+            raise LedgerError(f"ledger {self.path} is corrupt ({key} {row and row[0]!r})", corrupt=True)
         return int(number), digest
 
     def _decoded(self, number: int, body: bytes) -> Record:

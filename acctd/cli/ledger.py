@@ -15,7 +15,7 @@ import msgspec
 
 from acctd import archive as archives
 from acctd import config as configuration
-from acctd import history
+from acctd import history, verification
 from acctd.cli.output import emit, say
 from acctd.cli.progress import progress
 from acctd.cli.summary import size as told_size
@@ -59,9 +59,9 @@ def size(config_path: str | None, as_json: bool) -> None:
 @_config_option
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 def verify(config_path: str | None, directory: Path | None) -> None:
-    """Say whether all records are as they were signed.
+    """Say whether all records are as they were signed, and none is missing.
 
-    And that none is missing between two. With DIR the archived records there are followed first, up to the ledger's own. Ends with the first record that is
+    With DIR the archived records there are followed first, up to the ledger's own. Ends with the first record that is
     not in order, by its number and job.
     """
     config = configuration.load(config_path, os.environ)
@@ -70,7 +70,7 @@ def verify(config_path: str | None, directory: Path | None) -> None:
         advance = begin(span.count, 0)
         chains = archives.follow(directory, out, digest, advance) if directory is not None else []
         at = span.first - 1
-        for number in book.verify():
+        for number in verification.verify(book):
             advance(number - at, 0)
             at = number
         book.check()
