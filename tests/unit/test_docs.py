@@ -24,7 +24,7 @@ def test_imports_point_down() -> None:
         "acctd.wording": 0, "acctd.accounts": 1, "acctd.kernel": 1, "acctd.cgroup": 2, "acctd.network": 2,
         "collectors": 2, "acctd.config": 3, "acctd.frames": 3, "acctd.ledger": 3, "acctd.meter": 3, "acctd.rows": 3,
         "acctd.history": 3, "acctd.points": 3, "acctd.samplefile": 3, "acctd.archive": 5, "acctd.samples": 5,
-        "acctd.integrals": 3, "acctd.midnights": 3, "acctd.sqlitefile": 3, "acctd.statement": 5,
+        "acctd.integrals": 3, "acctd.midnights": 3, "acctd.verification": 3, "acctd.sqlitefile": 3, "acctd.statement": 5,
         "acctd.sinks": 3, "acctd.spool": 3, "acctd.tables": 3, "acctd.varlink": 3, "acctd.job": 4, "acctd.mending": 4,
         "acctd.oomprogram": 4, "acctd.readers": 4, "acctd.scratch": 4, "acctd.tracking": 4, "exporters": 4,
         "acctd.agent": 5, "acctd.alarms": 5, "acctd.books": 5, "acctd.chirps": 5, "acctd.cost": 5, "acctd.ears": 5,
