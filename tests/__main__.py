@@ -8,6 +8,7 @@ What failed is said again at the end. Exits with 0 if every lane did.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ def names() -> list[str]:
     return [*FIRST, *sorted(found - set(FIRST))]
 
 
-def start(name: str, cpus: int) -> Lane:
+def start(name: str, cpus: int, scratch: Path) -> Lane:
     log = tempfile.TemporaryFile()
     colour = ["--color=yes"] if sys.stdout.isatty() else []
     process = subprocess.Popen(
@@ -54,6 +55,8 @@ def start(name: str, cpus: int) -> Lane:
         [
             *("env", "--default-signal=INT", "setpriv", "--pdeathsig", "INT"),
             *(sys.executable, "-u", "-m", "pytest", *colour, f"tests/{name}"),
+            # A pytest that begins shuts /tmp/pytest-of-USER, and some tests have it open for an ordinary user.
+            f"--basetemp={scratch}/{name}",
         ],
         stdin=subprocess.DEVNULL,
         stdout=log,
@@ -78,8 +81,10 @@ def failures(lane: Lane) -> list[str]:
 
 def main() -> int:
     lanes: list[Lane] = []
+    scratch = Path(tempfile.mkdtemp(prefix="acctd-tests-"))
+    scratch.chmod(0o755)
     try:
-        run(lanes)
+        run(lanes, scratch)
     except KeyboardInterrupt:  # which the lanes have got, too
         print("\ninterrupted; waiting for the lanes to clear up")
         for lane in lanes:
@@ -90,10 +95,14 @@ def main() -> int:
     print("\nlane        seconds  pytest's exit status")
     for lane in lanes:
         print(f"{lane.name:<12}{lane.seconds:7.0f}  {lane.process.returncode}")
-    return 1 if bad else 0
+    if bad:
+        print(f"What the tests left is in {scratch}")
+        return 1
+    shutil.rmtree(scratch)
+    return 0
 
 
-def run(lanes: list[Lane]) -> None:
+def run(lanes: list[Lane], scratch: Path) -> None:
     """Run all of them to their end; `lanes` has those that were begun."""
     cpus = os.cpu_count() or 1
     waiting = deque(names())
@@ -101,7 +110,7 @@ def run(lanes: list[Lane]) -> None:
     while waiting or shown < len(lanes):
         busy = sum([lane.running for lane in lanes])
         while waiting and busy < cpus:
-            lanes.append(start(waiting.popleft(), cpus))
+            lanes.append(start(waiting.popleft(), cpus, scratch))
             busy += 1
         lane = lanes[shown]
         running = lane.running

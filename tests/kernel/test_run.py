@@ -231,7 +231,9 @@ def test_an_orphan_is_cleared_away_whatever_the_configuration_says_by_then(node:
         assert done.returncode == 0, done.stderr
         assert time.monotonic() < deadline
     # Its CPU time is counted, though the configuration names no such controller any more; the node sees to the rest.
-    assert json.loads(node.acctd("show", "orphan", "--json").stdout)["totals"]["cpu_user"][""] > 0
+    # How it is split is sampled by some kernels.
+    totals = json.loads(node.acctd("show", "orphan", "--json").stdout)["totals"]
+    assert totals["cpu_user"][""] + totals["cpu_system"][""] > 0
 
 
 def _read_until(fd: int, what: bytes, timeout: float = 20.0) -> bytes:
