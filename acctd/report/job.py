@@ -196,7 +196,10 @@ def _shortages(subject: Subject) -> Html:
 
 
 def _shortage(shortage: Shortage, number: int, record: Record, zone: tzinfo) -> Html:
-    after = max(int((shortage.time - record.started) * 1e9), 0)
+    after = timelines.after_start(shortage, record)
+    moment = (
+        "at the end" if after >= record.wall_ns else f"{duration(after)} after the start" if after else "at the start"
+    )
     whose = "" if shortage.whose is None or shortage.whose == record.id else f" (job {shortage.whose})"
     processes = [
         [process.name, str(process.pid), size(process.resident), stamp(process.started, zone)]
@@ -215,7 +218,7 @@ def _shortage(shortage: Shortage, number: int, record: Record, zone: tzinfo) -> 
     ]
     return tag(
         "div",
-        tag("h3", f"Shortage {number}, {duration(after)} after the start"),
+        tag("h3", f"Shortage {number}, {moment}"),
         tag("p", shortage.text) if shortage.text else None,
         facts(
             [

@@ -72,12 +72,33 @@ def memory(points: Sequence[Point], length: int, columns: int = COLUMNS, *, cach
     return Levels([min(point.at, length) for point in kept], {name: each for name, each in values.items() if any(each)})
 
 
-def limits(points: Sequence[Point], length: int) -> list[tuple[int, int]]:
-    """The memory limit and since when, each time that it changed."""
-    found: list[tuple[int, int]] = []
-    for point in points:
-        if point.memory_limit is not None and (not found or found[-1][1] != point.memory_limit):
-            found.append((min(point.at, length) if found else 0, point.memory_limit))
+def whole(levels: Levels, length: int) -> Levels:
+    """The same from the job's start, when it had no memory yet, to its end, up to which the last reading stands.
+
+    Where older readings were dropped, nothing is made up for them.
+    """
+    if not levels.at:
+        return levels
+    at, first = [*levels.at, length], levels.at[0]
+    values = {name: [*each, each[-1]] for name, each in levels.values.items()}
+    if 0 < first <= 2 * max(later - earlier for earlier, later in pairwise(at)):
+        at = [0, *at]
+        values = {name: [0.0, *each] for name, each in values.items()}
+    return Levels(at, values)
+
+
+def limits(points: Sequence[Point], length: int) -> list[tuple[int, int, int]]:
+    """The memory limits that there were: since when, until when, bytes. None where the job had none."""
+    found: list[tuple[int, int, int]] = []
+    before: int | None = None
+    for number, point in enumerate(points):
+        at = min(point.at, length) if number else 0
+        if point.memory_limit != before:
+            if before is not None:
+                found[-1] = (found[-1][0], at, before)
+            if point.memory_limit is not None:
+                found.append((at, length, point.memory_limit))
+            before = point.memory_limit
     return found
 
 

@@ -10,6 +10,7 @@ from datetime import tzinfo
 from acctd.metrics import split_rule
 from acctd.model import Record
 from acctd.points import Point, last_point
+from acctd.policies import Shortage
 from acctd.report import series
 from acctd.report.hints import count
 from acctd.report.markup import Html, join
@@ -40,7 +41,7 @@ def sections(record: Record, points: Sequence[Point], zone: tzinfo) -> list[Sect
     if len(inner) < 2:
         return []
     final = last_point(record)
-    made = [_memory(record, inner, zone), _cpu(record, inner, final)]
+    made = [*_memory(record, inner, zone), _cpu(record, inner, final)]
     for direction in ("outgoing", "incoming"):
         if (drawn := _network(inner, final, direction)) is not None:
             made.append(drawn)
@@ -56,40 +57,49 @@ def busiest(points: Sequence[Point], record: Record) -> float | None:
     return max(series.rates(points, last_point(record), _CPU).sums(), default=0.0) / 1e9
 
 
-def _memory(record: Record, points: Sequence[Point], zone: tzinfo) -> Section:
+def after_start(shortage: Shortage, record: Record) -> int:
+    """When memory ran out, in ns of the job's time.
+
+    A shortage has the time of the node's clock, and the job's time begins with its command, a little after it was made:
+    what would lie beyond its end happened at its end.
+    """
+    return max(0, min(int((shortage.time - record.started) * 1e9), record.wall_ns))
+
+
+def _memory(record: Record, points: Sequence[Point], zone: tzinfo) -> list[Section]:
     length = record.wall_ns
-    levels = series.memory(points, length)
-    limits = series.limits(points, length)
+    # The end of a job is a point too, for what it counted: of memory it is no reading, all had been given back.
+    read = [point for point in points if point.at < length or record.state == "running"]
+    levels = series.memory(read, length)
+    if not levels.values:
+        return []
+    limits = series.limits(read, length)
     peak = record.totals.get("memory_peak", {}).get("")
-    limit = limits[-1][1] if limits else None
-    ends = [*(since for since, _ in limits[1:]), length]
-    lines = [
-        Level(f"limit {size(each)}", each, since=since, until=end)
-        for (since, each), end in zip(limits, ends, strict=True)
-    ][-_LIMITS:]
+    limit = limits[-1][2] if limits else None
+    lines = [Level(f"limit {size(each)}", each, since=since, until=end) for since, end, each in limits][-_LIMITS:]
     if peak is not None and (limit is None or not 0.9 * limit < peak < 1.1 * limit):
         lines.append(Level(f"kernel's peak {size(peak)}", peak, "peak"))
     names = list(levels.values)
     columns = [Column("After"), *(Column(name, number=True) for name in names), Column("Together", number=True)]
-    coarse = series.memory(points, length, series.ROWS)
+    coarse = series.memory(read, length, series.ROWS)
     rows = []
     for number, at in enumerate(coarse.at):
         kinds = {name: values[number] for name, values in coarse.values.items()}
         rows.append([duration(at), *(size(kinds.get(name, 0)) for name in names), size(sum(kinds.values()))])
     data = table("Memory over time, the highest reading of each stretch", columns, rows)
-    whole = _memory_plot("memory", "Memory by kind", record, levels, lines, zone)
-    whole = replace(whole, description=_memory_said(record, levels.values, limit, peak))
+    drawn = _memory_plot("memory", "Memory by kind", record, series.whole(levels, length), lines, zone)
+    drawn = replace(drawn, description=_memory_said(record, levels.values, limit, peak))
     caption = (
         "The highest reading of each stretch of time. Anonymous, shared and kernel memory are what the job needs; page "
         "cache is given back when somebody wants the room."
     )
-    figures = [figure(whole, caption, data)]
-    need = series.memory(points, length, cached=False)
+    figures = [figure(drawn, caption, data)]
+    need = series.memory(read, length, cached=False)
     if need.values and 0 < max(need.sums()) < _HIDDEN * max(levels.sums()):
         said = f"The same without page cache, {size(max(need.sums()))} at most."
-        close = _memory_plot("need", "Memory without page cache", record, need, lines, zone)
+        close = _memory_plot("need", "Memory without page cache", record, series.whole(need, length), lines, zone)
         figures.append(figure(replace(close, description=said), said, None))
-    return Section("memory", "Memory", join(figures))
+    return [Section("memory", "Memory", join(figures))]
 
 
 def _memory_plot(name: str, title: str, record: Record, levels: Levels, lines: Sequence[Level], zone: tzinfo) -> Plot:
@@ -123,9 +133,9 @@ def _memory_said(record: Record, values: Mapping[str, Sequence[float]], limit: i
 
 
 def _shortage_marks(record: Record, zone: tzinfo) -> list[Mark]:
-    marks: list[tuple[float, list[str]]] = []
+    marks: list[tuple[int, list[str]]] = []
     for shortage in record.shortages:
-        at = (shortage.time - record.started) * 1e9
+        at = after_start(shortage, record)
         text = f"{stamp(shortage.time, zone)}: {shortage.action}"
         if marks and at - marks[-1][0] < _NEAR * record.wall_ns:
             marks[-1][1].append(text)

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from acctd.model import Limits, Midnight, Record
+from acctd.points import Point, last_point
 from acctd.report import page, period
 from acctd.report.job import job_page
 from acctd.report.markup import Html, join, tag
@@ -148,6 +149,34 @@ def test_a_job_shorter_than_a_reading_has_a_page() -> None:
     assert "too short for advice" in words
     assert '<svg class="plot"' not in words
     assert "0 us" in job_page(subject(record=replace(short, wall_ns=0), points=[], bill=None))
+
+
+def test_a_job_without_a_memory_limit_has_its_plots() -> None:
+    free = record(limits=Limits(), shortages=())
+    shown = Reader(job_page(subject(record=free, points=points(free), bill=None)))
+    assert "Memory by kind" in shown.of("title")
+    assert not [text for text in shown.of("text") if text.startswith("limit")]
+
+
+def memory_of(of: Record, drawn: list[Point]) -> str:
+    text = job_page(subject(record=of, points=drawn))
+    return text[text.index('id="memory"') : text.index('id="cpu"')]
+
+
+def test_the_end_of_a_job_is_no_reading_of_its_memory() -> None:
+    ended, alive = record(), record(state="running", exit_code=None)
+    inner = points(ended, 10)
+    assert memory_of(ended, [*inner, last_point(ended)]) == memory_of(ended, inner), "it does not fall to nothing"
+    assert memory_of(alive, [*inner, last_point(alive)]) != memory_of(alive, inner), "of a living one it is a reading"
+
+
+def test_memory_runs_out_while_a_job_lasts() -> None:
+    """The clock of a shortage and that of the job begin at different moments."""
+    of = record(seconds=60)
+    late = replace(of.shortages[0], time=of.started + 60.6)
+    early = replace(of.shortages[1], time=of.started - 1)
+    text = job_page(subject(record=replace(of, shortages=(early, late))))
+    assert Reader(text).of("h3") == ["Shortage 1, at the start", "Shortage 2, at the end"]
 
 
 def test_why_there_are_no_plots_is_told() -> None:

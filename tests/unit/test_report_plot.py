@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -93,7 +94,8 @@ def test_what_a_person_reads(said: str, text: str) -> None:
 
 
 def gauge(at: int, anon: int, **given: int) -> Point:
-    known = dict.fromkeys(Point.__struct_fields__, 0) | {"at": at, "memory_anon": anon, "network": {}, **given}
+    none: dict[str, Any] = {"network": {}, "memory_limit": None}
+    known = dict.fromkeys(Point.__struct_fields__, 0) | none | {"at": at, "memory_anon": anon, **given}
     return Point(**known)
 
 
@@ -114,7 +116,19 @@ def test_kinds_without_any_use_are_left_out_and_page_cache_where_it_is_not_wante
 
 def test_the_limit_is_where_it_was_changed() -> None:
     of = [gauge(0, 1, memory_limit=5), gauge(10, 1, memory_limit=5), gauge(20, 1, memory_limit=9)]
-    assert series.limits(of, 100) == [(0, 5), (20, 9)]
+    assert series.limits(of, 100) == [(0, 20, 5), (20, 100, 9)]
+    taken = [gauge(0, 1), gauge(10, 1, memory_limit=5), gauge(20, 1), gauge(30, 1), gauge(40, 1, memory_limit=5)]
+    assert series.limits(taken, 100) == [(10, 20, 5), (40, 100, 5)], "none where it was taken away"
+    assert series.limits([gauge(0, 1), gauge(10, 1)], 100) == []
+
+
+def test_memory_begins_at_nothing_and_its_last_reading_stands_to_the_end() -> None:
+    levels = series.memory([gauge(10, 5), gauge(20, 7)], 25)
+    drawn = series.whole(levels, 25)
+    assert (drawn.at, drawn.values) == ([0, 10, 20, 25], {"anonymous": [0, 5, 7, 7]})
+    assert series.whole(series.memory([gauge(0, 5), gauge(9, 7)], 10), 10).values == {"anonymous": [5, 7, 7]}
+    late = series.whole(series.memory([gauge(80, 5), gauge(90, 7)], 100), 100)
+    assert (late.at, late.values) == ([80, 90, 100], {"anonymous": [5, 7, 7]}), "older readings are gone"
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=60), st.integers(1, 1000))
