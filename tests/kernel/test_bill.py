@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
 from decimal import Decimal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from acctd import tariff
 from acctd.cli import bill, billagent, billforms
 from acctd.cli.main import main
 from lab.topology import Topology
@@ -168,6 +170,7 @@ def served(node: Node) -> Iterator[Served]:
 def billed_as(uid: int, served: Served, *arguments: str) -> tuple[int, dict[str, Any], str]:
     """What `acctd bill` says to a user: exit code, the document, standard error."""
     paths = [served.node.directory / name for name in (f"out-{uid}", f"err-{uid}")]
+    tariff.load(str(served.node.directory / "tariff.toml"))  # with whatever that loads: the child may not
     pid = os.fork()
     if pid == 0:
         try:
@@ -182,6 +185,9 @@ def billed_as(uid: int, served: Served, *arguments: str) -> tuple[int, dict[str,
         except SystemExit as e:
             sys.stdout.flush()
             os._exit(e.code if isinstance(e.code, int) else 0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
         finally:
             os._exit(99)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
