@@ -3,16 +3,16 @@
 One record that was altered, or one that is missing between two, and there is no bill: money rests on signed data only.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from acctd.errors import AcctdError, ExhaustedError
-from acctd.ledger import Ledger
+from acctd.ledger import Ledger, fits
 from acctd.sources.files import BATCH, WRONG, Batch, usage_of
 from acctd.sources.looked import Looked, digest
+from acctd.usage import Usage
 
 STEP = 32 * BATCH
 """Records that one reader takes."""
@@ -40,14 +40,13 @@ class Numbers:
                 for number, signed, body in book.records_after(last, min(BATCH, self.until - last)):
                     if number != last + 1:
                         raise self._lost(book, last + 1)
-                    # One that somebody changed by SQL may be text: SQLite keeps what it is given.
-                    if type(body) is not bytes or hashlib.sha256(previous.encode() + body).hexdigest() != signed:
+                    if not fits(previous, body, signed):
                         raise self._wrong(number, "was altered after it was signed off")
                     try:
                         batch.usages.append(usage_of(body))
                     except WRONG as e:
                         raise self._wrong(number, f"cannot be read ({e})") from e
-                    batch.places.append(number)
+                    batch.places.append(-number)  # whatever is not below 0 is a place in a file
                     batch.digests.append(digest(body))
                     batch.size += len(body)
                     last, previous = number, signed
@@ -64,6 +63,25 @@ class Numbers:
 
     def _wrong(self, number: int, what: str) -> AcctdError:
         return AcctdError(f"record {number} of {self.path} {what}; restore the ledger")
+
+
+def again(path: Path, number: int) -> Usage:
+    """A record that was read before. Raises ExhaustedError where it was archived meanwhile."""
+    with Ledger(path) as book:
+        for found, _, body in book.records_after(number - 1, 1):
+            if found == number:
+                return usage_of(body)
+    raise ExhaustedError(f"record {number} of {path} was archived while it was read; ask again")
+
+
+def missing(book: Ledger, since: float) -> str:
+    """A sentence where records were taken out that have some of their time after `since`; "" where none were."""
+    number, _ = book.anchor()
+    # One that took records out and did not note until when is of an older acctd: any of them may be meant.
+    until = book.taken_until() or math.inf
+    if not number or until + 1 < since:
+        return ""
+    return f"records up to {number} of {book.path} were archived, and some of them may be of this period"
 
 
 def numbers(book: Ledger, since: float) -> list[Numbers]:

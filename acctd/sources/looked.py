@@ -4,7 +4,7 @@ Pure data, and what is done to put the counts of several readers together. Reads
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from acctd.usage import Usage
@@ -38,7 +38,9 @@ class Looked:
     nodes: set[str] = field(default_factory=set)
     broken: int = 0  # lines that could not be read
     told: list[str] = field(default_factory=list)  # the first of them, a sentence each
+    torn: list[str] = field(default_factory=list)  # packed files of which the rest cannot be read, a sentence each
     unfinished: list[str] = field(default_factory=list)  # files at whose end somebody writes
+    found: bool = False  # the line that was sought
     first: tuple[int, str] | None = None  # number and digest of the ledger's first record that was looked at
     last: tuple[int, str] | None = None
 
@@ -48,11 +50,11 @@ class Looked:
         self.sum = (self.sum + int.from_bytes(body)) % _DIGEST
         self.nodes.add(usage.node)
 
-    def complain(self, sentence: str) -> None:
-        """A line that could not be read."""
+    def complain(self, sentence: Callable[[], str]) -> None:
+        """A line that could not be read. It is only asked what to say of it where that is told: it may take long."""
         self.broken += 1
         if len(self.told) < NAMED_MOST:
-            self.told.append(sentence)
+            self.told.append(sentence())
 
     def add(self, other: "Looked") -> None:
         """What another reader looked at."""
@@ -62,7 +64,9 @@ class Looked:
         self.nodes |= other.nodes
         self.broken += other.broken
         self.told = sorted({*self.told, *other.told})[:NAMED_MOST]
+        self.torn = sorted({*self.torn, *other.torn})
         self.unfinished = sorted({*self.unfinished, *other.unfinished})
+        self.found = self.found or other.found
         self.first = _least(self.first, other.first)
         self.last = _most(self.last, other.last)
 

@@ -2,11 +2,13 @@
 
 import gzip
 import hashlib
+import io
 import os
 import random
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import msgspec
@@ -16,13 +18,13 @@ from acctd import tariff
 from acctd.bill import Tally
 from acctd.errors import AcctdError, ExhaustedError, NotFoundError, UsageError
 from acctd.frames import EventFrame, Mark, RecordFrame, Sample, encode
-from acctd.ledger import FILE, Ledger
+from acctd.ledger import Ledger
 from acctd.model import Limits, Record
 from acctd.sinks import JsonSink
-from acctd.sources import crew, files, gather
+from acctd.sources import crew, files, gather, unpack
 from acctd.sources.crew import Reader
 from acctd.sources.gather import Gathered
-from acctd.sources.looked import Key, Looked, key
+from acctd.sources.looked import NAMED_MOST, Key, Looked, key
 from acctd.sources.seen import Seen
 from acctd.usage import decode
 from exporters.jsonlines import JsonTarget
@@ -180,8 +182,128 @@ def test_a_packed_file_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "log.gz").write_bytes(packed[: len(packed) // 2])
     found = read(tmp_path)
     assert 0 < jobs(found) < 1000
-    assert found.reader.looked.broken >= 1
-    assert any("log.gz" in sentence for sentence in found.reader.looked.told)
+    (sentence,) = found.reader.looked.torn
+    assert f"log.gz is packed and not whole (it ends too early); what is behind line {jobs(found)} of it" in sentence
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda packed: packed[:-1],
+        lambda packed: packed[:-8],
+        lambda packed: packed[:-8] + b"\0" * 8,
+        lambda packed: packed + b"no member of it",
+    ],
+    ids=["a byte is missing", "the trailer is missing", "another checksum", "something behind it"],
+)
+def test_what_can_be_unpacked_of_a_damaged_file_is_billed(
+    tmp_path: Path, harm: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "log.gz").write_bytes(harm(gzip.compress(b"".join(line(record(number)) for number in range(50)))))
+    for chunk in (2**16, 1):
+        monkeypatch.setattr(unpack, "_CHUNK", chunk)
+        found = read(tmp_path)
+        (sentence,) = found.reader.looked.torn
+        assert jobs(found) == 50 and "behind line 50 of it" in sentence
+
+
+def test_members_of_a_packed_file_with_zeros_between_them_are_one_content() -> None:
+    rng = random.Random(3)
+    texts = [b"", b"x", rng.randbytes(200_000), b"ab" * 10**6, b""]
+    packed = b"\0\0\0".join(map(gzip.compress, texts)) + b"\0" * 9
+    with io.BufferedReader(unpack.Unpacked(io.BytesIO(packed)), 2**18) as stream:
+        assert stream.read() == b"".join(texts)
+
+
+def test_where_a_line_is_is_not_asked_of_more_than_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "log").write_bytes(b"no record\n" * 500)
+    asked = []
+    real = files.where
+    monkeypatch.setattr(files, "where", lambda file, offset: asked.append(offset) or real(file, offset))
+    looked = read(tmp_path).reader.looked
+    assert (looked.broken, len(looked.told), len(asked)) == (500, NAMED_MOST, NAMED_MOST)
+
+
+def test_a_file_without_a_newline_is_read_once_by_all_its_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PIECE", 1000)
+    monkeypatch.setattr(files, "LINE_MOST", 100)
+    (tmp_path / "log").write_bytes(b"x" * 20_000)
+    (file,) = files.find([tmp_path])
+    looked, passed = Looked(), []
+    real = files.Piece._past_the_end_of_a_line
+    monkeypatch.setattr(
+        files.Piece,
+        "_past_the_end_of_a_line",
+        lambda self, stream, at: passed.append((at, real(self, stream, at))) or passed[-1][1],
+    )
+    for piece in files.pieces([file]):
+        assert not [usage for batch in piece.batches(looked) for usage in batch.usages]
+    assert sum(end - begin for begin, end in passed) <= 20_000 + 20 * 100
+    assert looked.broken == 1 and "more than 100 bytes" in looked.told[0]
+
+
+def test_places_of_as_many_files_as_there_may_be_are_integers_of_sqlite() -> None:
+    file = files.File(files.FILES_MOST - 1, Path("x"), 1, (0, 0), packed=False)
+    number = files.place(file, 2**40 - 1)
+    assert number == 2**63 - 1
+    assert files.at({files.FILES_MOST - 1: file}, number) == (file, 2**40 - 1)
+
+
+def test_more_files_than_there_may_be_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "FILES_MOST", 2)
+    for name in "ab":
+        (tmp_path / name).write_bytes(line(record(1)))
+    assert jobs(read(tmp_path)) == 1
+    (tmp_path / "c").write_bytes(line(record(1)))
+    with pytest.raises(UsageError, match="more than 2 files"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_pipe_is_no_file(tmp_path: Path, *, inside: bool) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "log").write_bytes(line(record(1)))
+    if inside:
+        assert jobs(read(tmp_path)) == 1
+        return
+    with pytest.raises(UsageError, match="pipe is neither a file nor a directory"):
+        read(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"(\xb5/\xfd packed otherwise", line(record(1))[:200], line(record(1)) + b"(\xb5/\xfd"],
+    ids=["another packer", "half of the first line", "what is no line of JSON behind one"],
+)
+def test_what_was_never_a_line_is_not_one_that_somebody_writes(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "log").write_bytes(content)
+    looked = read(tmp_path).reader.looked
+    assert (looked.broken, looked.unfinished) == (1, [])
+
+
+def test_names_of_files_cannot_act_on_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "a\x1b[31m\x9b\n").write_bytes(b"{]\n")
+    (tmp_path / "b\x1b.gz").write_bytes(gzip.compress(line(record(1)))[:-3])
+    looked = read(tmp_path).reader.looked
+    assert len(looked.told) == len(looked.torn) == 1
+    assert all(sentence.isprintable() for sentence in (*looked.told, *looked.torn))
+    (tmp_path / "c\x1b").write_bytes(line(record(1, cpu=7)))
+    with pytest.raises(UsageError) as caught:
+        read(tmp_path)
+    assert str(caught.value).isprintable()
+    with pytest.raises(NotFoundError) as missing:
+        read(tmp_path / "d\x1b")
+    assert str(missing.value).isprintable()
+
+
+def test_a_counter_may_be_large_and_not_out_of_the_world(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(line(record(1, cpu=2**64)) + line(record(2, cpu=10**300)))
+    found = read(tmp_path)
+    assert (jobs(found), found.reader.looked.broken) == (1, 1)
+    (bought,) = [each for each in found.reader.tally.bill().lines if each.item == "CPU"]
+    assert bought.quantity == Decimal(2**64).scaleb(-9)
 
 
 def test_a_line_without_end_costs_no_memory_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +400,6 @@ def test_more_keys_than_fit_into_the_cache_are_exact(monkeypatch: pytest.MonkeyP
         assert seen.repeated(keys[::3], digests[::3], range(len(keys[::3]))) == list(range(len(keys[::3])))
 
 
-# The ledger
-
-
 def ledger(path: Path, made: Sequence[Record]) -> Path:
     with Ledger(path):
         pass
@@ -294,56 +413,3 @@ def ledger(path: Path, made: Sequence[Record]) -> Path:
                 (number, number, each.id, each.owner, each.started + each.wall_ns / 1e9, text, digest),
             )
     return path
-
-
-def test_the_ledger_by_one_reader_or_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = ledger(tmp_path / FILE, [record(number) for number in range(500)])
-    alone = gather.from_ledger(path, [], make, begin)
-    assert (jobs(alone), alone.reader.looked.records) == (500, 500)
-    with Ledger(path) as book:
-        first, last = book.digest(1), book.digest(500)
-    assert (alone.reader.looked.first, alone.reader.looked.last) == ((1, first), (500, last))
-    monkeypatch.setattr(crew, "WORTH", 1)
-    monkeypatch.setattr("acctd.sources.books.STEP", 60)
-    monkeypatch.setattr("acctd.sources.books.BATCH", 7)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
-    together = gather.from_ledger(path, [], make, begin)
-    assert together.reader.looked == alone.reader.looked
-    assert together.reader.tally.bill() == alone.reader.tally.bill()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (
-            "UPDATE record SET body = replace(CAST(body AS TEXT), '\"ada\"', '\"bob\"') WHERE number = 7",
-            "record 7 .*altered",
-        ),
-        ("DELETE FROM record WHERE number = 7", "record 7 .*missing"),
-        ("UPDATE record SET digest = 'x' WHERE number = 1", "record 1 .*altered"),
-    ],
-)
-def test_a_ledger_that_is_not_as_it_was_signed_makes_no_bill(tmp_path: Path, change: str, words: str) -> None:
-    path = ledger(tmp_path / FILE, [record(number) for number in range(20)])
-    with sqlite3.connect(path) as db:
-        db.execute(change)
-    with pytest.raises(AcctdError, match=words):
-        gather.from_ledger(path, [], make, begin)
-
-
-def test_a_bill_goes_on_after_what_was_archived(tmp_path: Path) -> None:
-    path = ledger(tmp_path / FILE, [record(number) for number in range(20)])
-    with Ledger(path) as book:
-        assert book.take_out(8) == 8
-    found = gather.from_ledger(path, [], make, begin)
-    assert jobs(found) == 12
-    assert found.reader.looked.first is not None and found.reader.looked.first[0] == 9
-
-
-def test_an_open_job_counts_so_far_and_not_beside_its_record(tmp_path: Path) -> None:
-    path = ledger(tmp_path / FILE, [record(number) for number in range(5)])
-    ended, open_job = decode(body(record(3, cpu=1))), decode(body(record(77)))
-    found = gather.from_ledger(path, [ended, open_job], make, begin)
-    assert jobs(found) == 6
-    assert found.living == [open_job]
-    assert found.reader.tally.bill().living == ("77.0",)
