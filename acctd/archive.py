@@ -6,6 +6,7 @@ they were read back from files that are on stable storage: who dies in between l
 """
 
 import gzip
+import heapq
 import os
 import re
 import time
@@ -147,9 +148,10 @@ def take_out(ledger: Ledger, months: Iterable[Month], directory: Path, upto: int
 def spooled(config: ExportConfig, ledger: Ledger) -> int | None:
     """The last record that the spool for exporters has: later ones are only in the ledger. None where none is needed.
 
-    Raises AcctdError where the spool cannot be read.
+    0 where export has not begun: which record it begins with, the agent decides. Raises AcctdError where the spool
+    cannot be read.
     """
-    if not config.active or not (config.spool_dir / RECORDS).is_dir():
+    if not config.active:
         return None
     try:
         for text in spool.backwards(config.spool_dir / RECORDS):
@@ -159,48 +161,97 @@ def spooled(config: ExportConfig, ledger: Ledger) -> int | None:
                     return frame.number if not frame.number or ledger.digest(frame.number) == frame.digest else 0
     except OSError as e:
         raise AcctdError(f"cannot read the spool {config.spool_dir}: {e.strerror}; see export.spool_dir") from e
-    return None
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Records of one node in files, all as they were signed."""
+    """Records of one node in files, all as they were signed, but that nothing may be known of the first."""
 
     node: str
     first: int
     last: int
     joins: bool  # whether it has the record that the ledger goes on from
+    proved: bool  # whether the first one is as it was signed: it is, if the digest of the one before is known
 
 
-def follow(directory: Path, upto: int, digest: str, done: Done) -> list[Chain]:
-    """Follow the chain of digests through each node's files; `upto` and `digest` of what left the ledger last.
+def follow(directory: Path, ledger: Ledger, done: Done) -> list[Chain]:
+    """Follow the chain of digests through each node's files, up to the record that left the ledger last.
 
-    Raises AcctdError for the first record that is not as it was signed, and for one that is missing.
+    Raises AcctdError for the first record that is not as it was signed, for one that is missing, and where two files
+    differ in one.
     """
-    chains = []
+    upto = ledger.anchor()
+    chains: list[Chain] = []
+    ends: dict[int, list[str]] = {0: [""]}  # digests that a first record may follow
+    begins: list[Signed] = []
     for node in sorted({match["node"] for match, _ in _names(directory)}):
-        first, at, previous, joins = 0, 0, "", False
-        for path in _files(directory, node):
-            for number, signed, body in _content(path):
-                if first and number <= at:
-                    continue
-                # What the first one follows may stand in an older file, somewhere else.
-                if not first:
-                    first, at = number, number - 1
-                if number != at + 1:
-                    raise AcctdError(f"record {at + 1} is missing before {path}; restore its file")
-                if (first < number or number == 1) and not fits(previous, body, signed):
-                    job = Body.of(body).id
-                    raise AcctdError(
-                        f"record {number} of job {job!r} in {path} was altered after it was signed; restore it"
-                    )
-                at, previous = number, signed
-                joins = joins or (number, signed) == (upto, digest)
-                done(1, len(body))
-        chains.append(Chain(node, first, at, joins))
-    if upto and not any(chain.joins for chain in chains):
-        raise AcctdError(f"record {upto}, after which the ledger goes on, is in no file of {directory}; restore it")
-    return chains
+        begin: Signed | None = None
+        last: Signed = (0, "", b"")
+        joins = False
+        for path, row in _merged(directory, node):
+            number, signed, body = row
+            if number == last[0]:
+                if row != last:
+                    raise AcctdError(f"{path} has another record {number} than a file beside it; restore both")
+                continue
+            if begin is None:
+                begin = row  # what it follows may stand somewhere else
+            elif number != last[0] + 1:
+                raise AcctdError(f"record {last[0] + 1} is missing before {path}; restore its file")
+            elif not fits(last[1], body, signed):
+                raise _altered(row, f"in {path}")
+            last = row
+            joins = joins or (number, signed) == upto
+            done(1, len(body))
+        if begin is not None:
+            begins.append(begin)
+            chains.append(Chain(node, begin[0], last[0], joins, proved=False))
+            ends.setdefault(last[0], []).append(last[1])
+    if upto[0] and not any(chain.joins for chain in chains):
+        raise AcctdError(f"record {upto[0]}, after which the ledger goes on, is in no file of {directory}; restore it")
+    return [_proved(chain, begin, ends, ledger) for chain, begin in zip(chains, begins, strict=True)]
+
+
+def _proved(chain: Chain, begin: Signed, ends: dict[int, list[str]], ledger: Ledger) -> Chain:
+    """Hold the first record of a chain against the one before, if that is known: a node may have been renamed."""
+    number, signed, body = begin
+    # Another node's ledger may have given the same number, and then says nothing of this one.
+    known = ledger.digest(number - 1) if ledger.digest(number) == signed else None
+    if any(fits(before, body, signed) for before in (known, *ends.get(number - 1, ()))):
+        return replace(chain, proved=True)
+    if number == 1 or known is not None:
+        raise _altered(begin, f"of {chain.node}")
+    return chain
+
+
+def _altered(row: Signed, where: str) -> AcctdError:
+    return AcctdError(
+        f"record {row[0]} of job {Body.of(row[2]).id!r} {where} was altered after it was signed; restore it"
+    )
+
+
+def _merged(directory: Path, node: str) -> Iterator[tuple[Path, Signed]]:
+    """A node's records in order of their numbers, those of files that overlap side by side; each with its file."""
+    waiting = [(int(match["first"]), directory / name) for match, name in _names(directory) if match["node"] == node]
+    waiting.sort(reverse=True)
+    open_files: list[tuple[int, Path, Signed, Iterator[Signed]]] = []
+    while waiting or open_files:
+        if waiting and (not open_files or waiting[-1][0] <= open_files[0][0]):
+            number, path = waiting.pop()
+            rows = _content(path)
+            if (row := next(rows, None)) is None or row[0] < number:
+                raise AcctdError(f"{path} does not begin with the record that its name says; restore it")
+            heapq.heappush(open_files, (row[0], path, row, rows))
+            continue
+        number, path, row, rows = open_files[0]
+        yield path, row
+        if (following := next(rows, None)) is None:
+            heapq.heappop(open_files)
+        elif following[0] <= number:
+            raise AcctdError(f"record {following[0]} comes after record {number} in {path}; restore it")
+        else:
+            heapq.heapreplace(open_files, (following[0], path, following, rows))
 
 
 def _missing(ledger: Ledger, month: Month, directory: Path, done: Done) -> Iterator[Signed]:

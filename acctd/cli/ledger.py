@@ -21,7 +21,7 @@ from acctd.cli.progress import progress
 from acctd.cli.summary import size as told_size
 from acctd.cli.table import clean
 from acctd.config import Config
-from acctd.errors import ExhaustedError, NotFoundError
+from acctd.errors import AcctdError, ExhaustedError, NotFoundError
 from acctd.kernel import filelock
 from acctd.ledger import FILE, Ledger
 from acctd.sqlitefile import SqliteFile
@@ -45,14 +45,21 @@ def size(config_path: str | None, as_json: bool) -> None:
     config = configuration.load(config_path, os.environ)
     with _ledger(config) as book:
         found = _size(book)
-    with history.reading(config.state_dir / history.FILE) as samples:
-        if samples is not None:
-            found["samples"] = {"path": str(samples.path), **msgspec.to_builtins(samples.size())}
+    trouble: AcctdError | None = None
+    try:
+        with history.reading(config.state_dir / history.FILE) as samples:
+            found["samples"] = None
+            if samples is not None:
+                found["samples"] = {"path": str(samples.path), **msgspec.to_builtins(samples.size())}
+    except AcctdError as e:
+        trouble = e
     if as_json:
         emit(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
-        return
-    for line in _told(found):
-        emit(line)
+    else:
+        for line in _told(found):
+            emit(line)
+    if trouble is not None:  # last: how large the ledger is, does not hang on it
+        raise trouble
 
 
 @command.command("verify")
@@ -66,19 +73,16 @@ def verify(config_path: str | None, directory: Path | None) -> None:
     """
     config = configuration.load(config_path, os.environ)
     with _ledger(config) as book, progress("verifying") as begin:
-        span, (out, digest) = book.span(), book.anchor()
+        span, out = book.span(), book.anchor()[0]
         advance = begin(span.count, 0)
-        chains = archives.follow(directory, out, digest, advance) if directory is not None else []
+        chains = archives.follow(directory, book, advance) if directory is not None else []
         at = span.first - 1
         for number in verification.verify(book):
             advance(number - at, 0)
             at = number
         book.check()
     for chain in chains:
-        emit(
-            f"{_records(chain.last - chain.first + 1)} of {chain.node} in {directory}: as they were signed, "
-            f"{chain.first} to {chain.last}{', which the ledger goes on from' if chain.joins else ''}"
-        )
+        emit(_followed(chain, directory))
     if out and directory is None:
         emit(f"records up to {out} were archived; name their directory, and they are verified too")
     until = f", the last one {span.last} with digest {span.last_digest}" if span.count else ""
@@ -86,6 +90,21 @@ def verify(config_path: str | None, directory: Path | None) -> None:
     with history.reading(config.state_dir / history.FILE) as samples:
         if samples is not None:
             samples.check()
+
+
+def _followed(chain: archives.Chain, directory: Path | None) -> str:
+    first = chain.first if chain.proved else chain.first + 1
+    joins = ", which the ledger goes on from" if chain.joins else ""
+    lines = []
+    if chain.last >= first:
+        what = f"{_records(chain.last - first + 1)} of {chain.node} in {directory}"
+        lines.append(f"{what}: as they were signed, {first} to {chain.last}{joins}")
+    if not chain.proved:
+        before = "record 1 is" if chain.first == 2 else f"records 1 to {chain.first - 1} are"
+        lines.append(
+            f"{before} not in {directory}: whether {chain.first} of {chain.node} is as it was signed, is unknown"
+        )
+    return "\n".join(lines)
 
 
 @command.command("archive")
@@ -202,12 +221,11 @@ def _told(found: dict[str, Any]) -> list[str]:
             lines.append(f"  {name} record: {record['number']}, job {clean(record['id'])}, {at:%Y-%m-%d %H:%M:%S} UTC")
     if book["archived"]:
         lines.append(f"  archived: records up to {book['archived']['number']}")
-    if "samples" in found:
-        samples = found["samples"]
+    if samples := found.get("samples"):
         lines.append(f"samples {samples['path']}: {told_size(samples['bytes'])}")
         lines.append(f"  {_count(samples['points'], 'point')} of {_count(samples['jobs'], 'job')}")
         lines.append(f"  dropped for room: {samples['dropped']:,}; lost, not written: {samples['lost']:,}")
-    else:
+    elif "samples" in found:
         lines.append("samples: none")
     return lines
 

@@ -30,9 +30,8 @@ def held(path: str, *, shared: bool = False, patience: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise ExhaustedError(
-                        f"another program holds {path} for more than {patience:g} s; find it with `fuser {path}`"
-                    ) from None
+                    waited = f" for more than {patience:g} s" if patience else ""
+                    raise ExhaustedError(f"another program holds {path}{waited}; find it with `fuser {path}`") from None
                 time.sleep(0.0005)
         yield
     finally:

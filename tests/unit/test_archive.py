@@ -336,7 +336,8 @@ def test_two_archives_at_once_are_refused(state: Path, files: Path) -> None:
     fill(state, *DAYS)
     with open(state / "archive.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(run(state, "archive", "--before", "2026-03", str(files)), ExhaustedError)
+        said = refused(run(state, "archive", "--before", "2026-03", str(files)), ExhaustedError)
+    assert f"another program holds {state}/archive.lock; find it" in said
 
 
 @pytest.mark.parametrize("spooled", [None, 0, 2, 4])
@@ -352,7 +353,7 @@ def test_what_exporters_have_not_got_yet_stays(state: Path, files: Path, tmp_pat
             frames = [encode_frame(Mark(number, book.digest(number) or "")) for number in range(spooled + 1)]
         (tmp_path / "spool" / RECORDS / f"{1:020d}.jsonl").write_bytes(b"\n".join(frames) + b"\n")
     said = ok(state, "archive", "--before", "2026-03", "--remove", str(files))
-    left = 4 if spooled is None else spooled
+    left = spooled or 0
     assert f"{left} record" in said and ("in the spool" in said) == (left != 4)
     with Ledger(state / FILE) as book:
         assert book.span().first == left + 1
@@ -503,3 +504,91 @@ def test_the_outbox_goes_on_after_records_were_removed(state: Path, files: Path,
     lines = b"".join(path.read_bytes() for path in sorted((tmp_path / "spool" / RECORDS).glob("*.jsonl"))).splitlines()
     frames = [decode(line) for line in lines]
     assert [frame.record().id for frame in frames if isinstance(frame, RecordFrame)] == ["j6", "j7"] and not troubles
+
+
+def archived(state: Path, files: Path) -> None:
+    """Records 1 and 2 of January, 3 and 4 of February; 5 stays."""
+    fill(state, *DAYS)
+    ok(state, "archive", "--before", "2026-03", "--remove", str(files))
+
+
+def rewrite(path: Path, old: bytes, new: bytes) -> None:
+    before = gzip.decompress(path.read_bytes())
+    assert old in before
+    path.write_bytes(gzip.compress(before.replace(old, new)))
+
+
+def test_verify_says_which_records_are_not_there_and_whose_signature_hangs_on_them(state: Path, files: Path) -> None:
+    archived(state, files)
+    (files / f"{NODE}-2026-01-1.jsonl.gz").unlink()
+    said = ok(state, "verify", str(files))
+    assert f"1 record of {NODE} in {files}: as they were signed, 4 to 4, which the ledger goes on from" in said
+    assert f"records 1 to 2 are not in {files}: whether 3 of {NODE} is as it was signed, is unknown" in said
+    rewrite(files / f"{NODE}-2026-02-3.jsonl.gz", b'"id":"j3"', b'"id":"jX"')
+    assert "whether 3 of" in ok(state, "verify", str(files)), "nothing is there that could tell"
+
+
+@pytest.mark.parametrize("remove", [[], ["--remove"]])
+def test_the_first_record_of_all_is_held_against_its_signature(state: Path, files: Path, remove: list[str]) -> None:
+    fill(state, *DAYS)
+    ok(state, "archive", "--before", "2026-03", *remove, str(files))
+    assert "unknown" not in ok(state, "verify", str(files))
+    rewrite(files / f"{NODE}-2026-01-1.jsonl.gz", b'"id":"j1"', b'"id":"jX"')
+    assert f"record 1 of job 'jX' of {NODE} was altered" in refused(run(state, "verify", str(files)))
+
+
+def test_the_first_record_is_held_against_the_one_before_in_the_ledger(state: Path, files: Path) -> None:
+    fill(state, *DAYS)
+    ok(state, "archive", "--before", "2026-03", str(files))
+    (files / f"{NODE}-2026-01-1.jsonl.gz").unlink()
+    assert "as they were signed, 3 to 4" in ok(state, "verify", str(files))
+    rewrite(files / f"{NODE}-2026-02-3.jsonl.gz", b'"id":"j3"', b'"id":"jX"')
+    assert "record 3 of job 'jX'" in refused(run(state, "verify", str(files)))
+
+
+def test_a_node_that_was_renamed_goes_on_where_the_one_of_the_old_name_ended(state: Path, files: Path) -> None:
+    with Ledger(state / FILE) as book:
+        sign(book, "j1", "2026-01-02", node="old")
+        sign(book, "j2", "2026-02-02", node="new")
+    ok(state, "archive", "--before", "2026-03", "--remove", str(files))
+    said = ok(state, "verify", str(files))
+    assert "1 record of old in" in said and "1 record of new in" in said and "unknown" not in said
+    (files / "old-2026-01-1.jsonl.gz").unlink()
+    said = ok(state, "verify", str(files))
+    assert f"record 1 is not in {files}: whether 2 of new is as it was signed, is unknown" in said
+    assert "as they were signed, 2" not in said
+
+
+def test_files_that_overlap_say_the_same(state: Path, files: Path) -> None:
+    archived(state, files)
+    jan, feb = files / f"{NODE}-2026-01-1.jsonl.gz", files / f"{NODE}-2026-02-3.jsonl.gz"
+    second, third = gzip.decompress(jan.read_bytes()).splitlines()[1], gzip.decompress(feb.read_bytes()).splitlines()[0]
+    extra = files / f"{NODE}-2026-01-2.jsonl.gz"
+    extra.write_bytes(gzip.compress(second + b"\n" + third + b"\n"))
+    assert f"4 records of {NODE} in {files}: as they were signed, 1 to 4, which" in ok(state, "verify", str(files))
+    rewrite(extra, b'"id":"j2"', b'"id":"jX"')
+    assert f"{extra} has another record 2 than a file beside it" in refused(run(state, "verify", str(files)))
+    rewrite(extra, b'"id":"jX"', b'"id":"j2"')
+    rewrite(extra, b'"id":"j3"', b'"id":"jX"')
+    assert f"record 3 of job 'jX' in {extra} was altered" in refused(run(state, "verify", str(files)))
+    misnamed = extra.rename(files / f"{NODE}-2026-02-9.jsonl.gz")
+    assert f"{misnamed} does not begin with the record that its name says" in refused(run(state, "verify", str(files)))
+    misnamed.unlink()
+    extra.write_bytes(gzip.compress(second + b"\n" + second + b"\n"))
+    assert "record 2 comes after record 2" in refused(run(state, "verify", str(files)))
+
+
+@pytest.mark.parametrize("harm", ["directory", "schema"])
+def test_the_ledgers_size_does_not_hang_on_the_samples(state: Path, harm: str) -> None:
+    fill(state, *DAYS)
+    if harm == "directory":
+        (state / SAMPLES).mkdir()
+    else:
+        with closing(History(state / SAMPLES)):
+            pass
+        with closing(sqlite3.connect(state / SAMPLES)) as db:
+            db.execute("PRAGMA user_version = 9")
+    done = run(state, "size")
+    assert "record: 5" in done.output and "samples" not in done.output and str(SAMPLES) in refused(done)
+    done = run(state, "size", "--json")
+    assert json.loads(done.output)["ledger"]["rows"]["record"] == 5 and str(SAMPLES) in refused(done)
