@@ -59,6 +59,7 @@ bench: $(READY) ## all benchmarks; their tables belong into docs/performance.md
 	$(RUN) -m bench.ingest
 	$(RUN) -m bench.scrape
 	$(RUN) -m bench.live
+	$(RUN) -m bench.bill
 
 docs: $(READY) ## make docs/metrics.md and dashboards/ anew from what they are made of
 	$(RUN) -m exporters.reference > docs/metrics.md

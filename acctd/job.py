@@ -115,8 +115,9 @@ class Job:
         self.unstored = True
 
     def begin(self, at: int) -> None:
-        """It runs since then (CLOCK_BOOTTIME, ns)."""
-        self.row = replace(self.row, phase="running", boot_ns=at)
+        """It runs since then (CLOCK_BOOTTIME, ns); its stamp moves there from when it was made, as in the ledger."""
+        created = self.row.created + (at - self.row.boot_ns) / 1e9
+        self.row = replace(self.row, phase="running", boot_ns=at, created=created)
         self.integrals.begin(at)
         self.midnight = at + following(self.row.created, 0)
 

@@ -36,7 +36,7 @@ CREATE TABLE job (
     slot INTEGER UNIQUE,           -- the lease: which pair of addresses of the pool, NULL without a pipe
     place BLOB NOT NULL,           -- JSON of Place
     spec BLOB NOT NULL,            -- JSON of model.JobSpec
-    created REAL NOT NULL,         -- s since the epoch, a label
+    created REAL NOT NULL,         -- s since the epoch, a label: of the same moment as boot_ns
     boot_id TEXT NOT NULL,
     boot_ns INTEGER NOT NULL,      -- CLOCK_BOOTTIME when the command started, before that when the job was made
     seen_ns INTEGER NOT NULL,      -- CLOCK_BOOTTIME when the totals were stored last
@@ -191,11 +191,12 @@ class Ledger(SqliteFile):
         return name
 
     def begin(self, seq: int, boot_ns: int, terms: Terms) -> None:
-        """All is made and the command runs since then."""
+        """All is made and the command runs since then; its stamp moves there, too."""
         with self._writing() as db:
             db.execute(
-                "UPDATE job SET phase = 'running', boot_ns = ?, terms = ? WHERE seq = ?",
-                (boot_ns, msgspec.json.encode(terms), seq),
+                "UPDATE job SET phase = 'running', created = created + (? - boot_ns) / 1e9, boot_ns = ?, terms = ? "
+                "WHERE seq = ?",
+                (boot_ns, boot_ns, msgspec.json.encode(terms), seq),
             )
 
     def made(self, seq: int) -> None:

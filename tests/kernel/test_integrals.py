@@ -326,11 +326,11 @@ def test_a_run_over_midnight(node: Node) -> None:
     code = (
         "import time\n"
         "from acctd.cli.main import main\n"
-        "before = time.time() // 86400 * 86400 - 0.05\n"
+        "before = time.time() // 86400 * 86400 - 1\n"
         "time.time = lambda: before\n"
         "main()\n"
     )
-    done = node.python(code, "run", "-q", "--network", "host", "--cpus", "1", "--id", "r", "--", "sleep", "0.5")
+    done = node.python(code, "run", "-q", "--network", "host", "--cpus", "1", "--id", "r", "--", "sleep", "2.5")
     assert done.returncode == 0, done.stderr
     with Ledger(node.directory / "state" / FILE) as book:
         record = book.record("r")
@@ -379,3 +379,19 @@ def test_midnights_and_sums_are_in_a_new_ledger_too(here: Machine, ahead: Callab
     record = here.finish(job, process.wait())
     assert [midnight.ns // DAY for midnight in record.midnights] == [2]
     assert 2 * record.wall_ns - begun <= record.totals["cpu_reserved"][""] <= 2 * record.wall_ns - 2 * DAY
+
+
+def test_a_job_starts_when_its_first_process_enters(
+    agent: Served, sleeper: Callable[[], "subprocess.Popen[bytes]"]
+) -> None:
+    """Not when it was made: a bill lays what it used on the time from its start."""
+    agent.ok("Create", job="j", network="host", limits={"cpus": 1})
+    made = time.time()
+    time.sleep(0.2)
+    agent.ok("Attach", job="j", pid=sleeper().pid)
+    attached = time.time()
+    killed(agent)
+    agent.start()
+    record = agent.ok("Finish", job="j", exit_code=0)["record"]
+    assert made + 0.2 <= record["started"] <= attached
+    assert record["started"] + record["wall_ns"] / 1e9 == pytest.approx(record["ended"], abs=1)
