@@ -88,7 +88,7 @@ class Outlet:
             return
         self._keeping = True
         try:
-            for trouble in await asyncio.to_thread(kept.write):
+            for trouble in await asyncio.to_thread(kept.write, kept.take()):
                 self._news.trouble(None, trouble)
         finally:
             self._keeping = False

@@ -4,7 +4,7 @@ Pure data and its encoding; history.py keeps it. No money rests on it.
 """
 
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -93,6 +93,13 @@ def point(at: int, totals: Mapping[Key, int], limit: int | None, stacked: Collec
 def last_point(record: Record) -> Point:
     """A job's end, as its record has it: of what is no counter it uses nothing any more."""
     return point(record.wall_ns, keyed(record.totals), record.limits.memory, record.stacked)
+
+
+def ended(kept: Sequence[Point], record: Record) -> list[Point]:
+    """The kept points of a job up to its end, which is missing where an agent died between signing and keeping it."""
+    if not kept or kept[-1].at >= record.wall_ns:
+        return list(kept)
+    return [*kept, last_point(record)]
 
 
 def encode(point: Point) -> bytes:

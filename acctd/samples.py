@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -39,8 +39,17 @@ class _Newest:
     read: int  # its time when it was read last, and was still the same
 
 
+@dataclass(slots=True)
+class Waiting:
+    """What is to be written."""
+
+    points: list[tuple[Whose, Point]] = field(default_factory=list)
+    finished: list[Record] = field(default_factory=list)
+    lost: int = 0  # points that there was no room for, or that could not be made
+
+
 class Samples:
-    """One acctd's. Points are taken on the loop, `write` may be called beside it, and gives what is to be told."""
+    """One acctd's. All is called on the loop but `write`, which may run beside it, on what `take` gave."""
 
     def __init__(
         self,
@@ -61,11 +70,11 @@ class Samples:
         self._open_jobs = frozenset(open_jobs) if open_jobs is not None else None  # until the file has been told
         self._nested: set[int] = set()
         self._newest: dict[int, _Newest] = {}
-        self._points: list[tuple[Whose, Point]] = []
-        self._finished: list[Record] = []
+        self._waiting = Waiting()
+        self._lock = threading.Lock()  # of all below
         self._history: History | None = None
-        self._lost = 0
-        self._lock = threading.Lock()
+        self._unwritten = 0  # points that were lost while there was no file that could be told
+        self._closed = False
 
     def begin_tick(self, jobs: Collection[Job]) -> None:
         """All jobs are about to be read."""
@@ -83,10 +92,10 @@ class Samples:
                     self._sample(jobs, job, now - row.boot_ns)
                 except Exception:  # one bad job must not cost the others their samples, nor the node its ticks
                     log.exception("job %s cannot be sampled", row.spec.id)
-                    self._lost += 1
-        if (over := len(self._points) - _WAITING) > 0:
-            del self._points[:over]
-            self._lost += over
+                    self._waiting.lost += 1
+        if (over := len(self._waiting.points) - _WAITING) > 0:
+            del self._waiting.points[:over]
+            self._waiting.lost += over
 
     def _sample(self, jobs: Mapping[str, Job], job: Job, at: int) -> None:
         row = job.row
@@ -99,42 +108,55 @@ class Samples:
                 return
         elif newest is not None and newest.read > newest.point.at:
             # Up to there it did nothing: a plot must not begin to rise before.
-            self._points.append((whose, msgspec.structs.replace(newest.point, at=newest.read)))
+            self._waiting.points.append((whose, msgspec.structs.replace(newest.point, at=newest.read)))
         stacked = [device for device, lies in job.stacked.items() if lies]
         made = point(at, self._totals(jobs, job), row.spec.limits.memory, stacked)
         self._newest[row.seq] = _Newest(mark, made, at)
-        self._points.append((whose, made))
+        self._waiting.points.append((whose, made))
 
     def finished(self, record: Record) -> None:
         """A job has ended: its record is its last point."""
-        self._finished = [*self._finished[-_WAITING:], record]
+        self._waiting.finished.append(record)
+        del self._waiting.finished[:-_WAITING]
 
-    def write(self) -> list[AcctdError | str]:
-        """Write what waits, and thin what has come of age: some ms, beside the loop. What went wrong."""
-        points, self._points = self._points, []
-        finished, self._finished = self._finished, []
+    def take(self) -> Waiting:
+        """What waits: nothing is added to it any more."""
+        waiting, self._waiting = self._waiting, Waiting()
+        return waiting
+
+    def write(self, waiting: Waiting) -> list[AcctdError | str]:
+        """Write it, and thin what has come of age: some ms, beside the loop. What went wrong."""
         with self._lock:
-            return self._write(points, finished)
+            troubles = self._write(waiting)
+            if self._closed:
+                self._let_go()
+            return troubles
 
     def close(self) -> list[AcctdError | str]:
         """Write what waits, if it can be written now, and let go. What went wrong."""
-        troubles = self.write() if self._points or self._finished else []
+        waiting = self.take()
         with self._lock:
-            if self._history is not None:
-                self._history.close()
-                self._history = None
+            self._closed = True
+            troubles = self._write(waiting) if waiting.points or waiting.finished else []
+            self._let_go()
         return troubles
 
-    def _write(self, points: list[tuple[Whose, Point]], finished: list[Record]) -> list[AcctdError | str]:
+    def _let_go(self) -> None:
+        if self._history is not None:
+            self._history.close()
+            self._history = None
+
+    def _write(self, waiting: Waiting) -> list[AcctdError | str]:
         troubles: list[AcctdError | str] = []
+        unseen = len(waiting.points)
+        self._unwritten += waiting.lost
         try:
             history = self._opened()
-            lost, self._lost = self._lost, 0
-            history.append(points, time.time(), finished, lost)
+            lost, self._unwritten, unseen = self._unwritten, 0, 0
+            history.append(waiting.points, time.time(), waiting.finished, lost)
             history.thin(time.time())
         except AcctdError as e:
-            if self._history is None:
-                self._lost += len(points)
+            self._unwritten += unseen
             troubles.append(e)
         if self._history is not None:
             troubles += self._history.told

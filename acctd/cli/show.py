@@ -7,7 +7,7 @@ import sys
 import click
 import msgspec
 
-from acctd import client, history, ledger
+from acctd import client, history, ledger, points
 from acctd import config as configuration
 from acctd.cli import course
 from acctd.cli.asking import agent_options, complete_job, connect, no_color_option
@@ -15,7 +15,7 @@ from acctd.cli.output import emit, say
 from acctd.cli.spark import coloured, usable
 from acctd.cli.summary import living, shortages, summary
 from acctd.client import Client, Job
-from acctd.errors import AcctdError, LedgerError, NotFoundError, NotPermittedError, UnavailableError
+from acctd.errors import AcctdError, NotFoundError, NotPermittedError, UnavailableError
 from acctd.ledger import Ledger
 from acctd.model import Record
 from acctd.points import Point
@@ -107,7 +107,7 @@ def _kept(record: Record, config_path: str | None) -> list[Point]:
     """An ended job's."""
     path = configuration.load(config_path, os.environ).state_dir / history.FILE
     try:
-        return history.kept(path, record.id, record.started)
-    except LedgerError as e:
+        return points.ended(history.kept(path, record.id, record.started), record)
+    except AcctdError as e:  # also a file of a newer acctd, or another's: its account the job has all the same
         say(f"acctd: {e}")
         return []

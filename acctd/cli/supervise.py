@@ -132,7 +132,7 @@ class Course:
             for record in self._ended:
                 self._samples.finished(record)
         self._samples.sample({self._job.spec.id: self._job}, [self._job])
-        self._note(self._samples.write())
+        self._note(self._samples.write(self._samples.take()))
 
     def finish(self, record: Record) -> None:
         """The job has its record."""

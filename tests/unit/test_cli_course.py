@@ -1,9 +1,21 @@
 """How a job went, out of its kept points: what is said, what is drawn, and what is left out."""
 
-import pytest
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
-from acctd.cli import course
+import pytest
+from click.testing import CliRunner
+
+from acctd.cli import course, show
+from acctd.history import FILE as SAMPLES
+from acctd.history import History
+from acctd.ledger import FILE as LEDGER
+from acctd.ledger import Ledger
 from acctd.points import Point
+from tests.unit.test_apel import record as made
+from tests.unit.test_ledger import SPEC, open_job
 
 SECOND = 10**9
 MIB = 2**20
@@ -87,3 +99,21 @@ def test_a_reading_older_than_the_last_sample_adds_nothing() -> None:
     assert course.plots(KEPT, point(15, memory_anon=1), 57, colour=False) == course.plots(
         KEPT, KEPT[-1], 57, colour=False
     )
+
+
+def test_samples_that_cannot_be_read_hide_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(show, "say", said.append)
+    monkeypatch.setattr(show, "_drawn", lambda: True)
+    (tmp_path / "acctd.toml").write_text(f'state_dir = "{tmp_path}"\n')
+    with Ledger(tmp_path / LEDGER) as book:
+        row = open_job(book, replace(SPEC, id="42"))
+        book.sign_off(row.seq, made(id="42"))
+    with closing(History(tmp_path / SAMPLES)):
+        pass
+    with closing(sqlite3.connect(tmp_path / SAMPLES)) as newer:
+        newer.execute("PRAGMA user_version = 9")
+    arguments = ["42", "--config", str(tmp_path / "acctd.toml"), "--socket", str(tmp_path / "none.socket")]
+    done = CliRunner().invoke(show.command, arguments)
+    assert done.exit_code == 0 and "job 42" in done.output, (done.output, done.exception)
+    assert "schema 9" in said[0]

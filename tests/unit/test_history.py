@@ -27,7 +27,7 @@ from acctd.metrics import (
     PIDS,
 )
 from acctd.model import Limits, Record
-from acctd.points import Point, decode, encode, last_point, packed, point, pressed
+from acctd.points import Point, decode, encode, ended, last_point, packed, point, pressed
 
 S = 10**9
 START = 1_800_000_000.0  # s since the epoch, when all jobs here began
@@ -344,3 +344,13 @@ def test_nothing_is_made_by_who_looks(path: Path) -> None:
     with reading(path) as samples:
         assert samples is None
     assert not list(path.parent.iterdir())
+
+
+def test_a_job_has_its_end_where_an_agent_died_between_signing_and_keeping_it(history: History) -> None:
+    history.append([(job(1), at(10 * S, 4))], START)
+    history.settle([], START + 60)
+    signed = record(job(1), 12 * S, used=9)
+    assert ended(history.points(1), signed) == [at(10 * S, 4), last_point(signed)]
+    history.append([(job(2), at(10 * S, 4))], START, [record(job(2), 12 * S, used=9)])
+    assert ended(history.points(2), record(job(2), 12 * S, used=9)) == history.points(2), "not twice"
+    assert ended([], signed) == [], "a job that was never read has none"

@@ -11,7 +11,7 @@ import pytest
 
 from acctd import samples
 from acctd.config import SamplesConfig
-from acctd.history import FILE, Point, kept, reading
+from acctd.history import FILE, History, Point, kept, reading
 from acctd.job import Job
 from acctd.metrics import CPU_USER, MEMORY_ANON, NETWORK_BYTES
 from acctd.model import Limits, Record
@@ -41,7 +41,14 @@ def tick(box: Samples, clock: list[int], *jobs: Job, at: int) -> list[object]:
     named = {each.spec.id: each for each in jobs}
     box.begin_tick(jobs)
     box.sample(named, jobs)
-    return list(box.write())
+    return list(box.write(box.take()))
+
+
+def record(name: str, seconds: int, cpu: int = 0) -> Record:
+    return Record(
+        id=name, owner="root", uid=0, node="n", state="done", started=0.0, ended=12.0, wall_ns=seconds * S, exit_code=0,
+        exit_signal=None, network="host", limits=Limits(), tags={}, totals={"cpu_user": {"": cpu}},
+    )  # fmt: skip
 
 
 def found(directory: Path, name: str) -> list[Point]:
@@ -131,10 +138,7 @@ def test_an_end_that_comes_while_the_file_is_locked_is_written_later(
     tick(box, clock, one, at=10)
     with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        box.finished(Record(
-            id="one", owner="root", uid=0, node="n", state="done", started=0.0, ended=12.0, wall_ns=12 * S, exit_code=0,
-            exit_signal=None, network="host", limits=Limits(), tags={}, totals={"cpu_user": {"": 9}},
-        ))  # fmt: skip
+        box.finished(record("one", 12, cpu=9))
         assert "locked" in str(tick(box, clock, at=20)[0])
     assert tick(box, clock, at=30) == []
     assert [(p.at // S, p.cpu_user) for p in found(tmp_path, "one")] == [(10, 0), (12, 9)]
@@ -159,3 +163,46 @@ def test_many_jobs_are_written_in_turns(clock: list[int], tmp_path: Path) -> Non
                 seen.append(file.size().points)
     assert {after - before for before, after in itertools.pairwise(seen[12:])} == {60}
     assert sum(len(found(tmp_path, each.spec.id)) for each in jobs) == 39 * 60
+
+
+def test_a_point_and_an_end_that_come_while_others_are_written_wait_for_the_next_time(
+    box: Samples, clock: list[int], tmp_path: Path
+) -> None:
+    one = job("one", 1)
+    box.sample({"one": one}, [one])
+    first = box.take()
+    clock[0] = 10
+    one.meter.feed({(CPU_USER, ""): 5})
+    box.sample({"one": one}, [one])
+    box.finished(record("one", 12))
+    assert box.write(first) == [] and [p.at // S for p in found(tmp_path, "one")] == [0]
+    assert box.write(box.take()) == [] and [p.at // S for p in found(tmp_path, "one")] == [0, 10, 12]
+
+
+def test_points_are_counted_while_the_file_does_not_take_what_it_is_told_first(
+    box: Samples, clock: list[int], tmp_path: Path
+) -> None:
+    with reading(tmp_path / FILE) as none:
+        assert none is None
+    with closing(History(tmp_path / FILE)):
+        pass
+    one = job("one", 1)
+    with closing(sqlite3.connect(tmp_path / FILE, isolation_level=None)) as other:
+        tick(box, clock, one, at=0)
+        with closing(Samples(CONFIG, tmp_path, [], patience=0.01)) as fresh:
+            fresh._history = History(tmp_path / FILE, patience=0.01)
+            other.execute("BEGIN IMMEDIATE")
+            assert "locked" in str(tick(fresh, clock, one, at=10)[0])
+            other.execute("ROLLBACK")
+            assert tick(fresh, clock, at=20) == []
+    with reading(tmp_path / FILE) as file:
+        assert file is not None and file.size().lost == 1
+
+
+def test_who_writes_last_leaves_no_file_open(box: Samples, clock: list[int], tmp_path: Path) -> None:
+    one = job("one", 1)
+    box.sample({"one": one}, [one])
+    on_its_way = box.take()
+    box.close()
+    assert box.write(on_its_way) == [] and box._history is None
+    assert [p.at for p in found(tmp_path, "one")] == [0]
