@@ -19,11 +19,14 @@ from typing import Self
 import msgspec
 
 from acctd.errors import AcctdError, LedgerError, NotFoundError, NotPermittedError
-from acctd.ledger import Ledger
+from acctd.ledger import Ledger, fits
 from acctd.model import Record
 
 BATCH = 1000
 """Records a file at most: as many as APEL's own client puts into a message."""
+
+NOTES = "usage-records"
+"""Where in state_dir the notes lie, one for each directory."""
 
 _STAGED = ".acctd-"
 """What the first name of a file begins with: neither ssmsend nor a shell's `*` takes such names."""
@@ -83,12 +86,10 @@ class Outgoing:
         self.state = State(kind, str(self._target), f"{_STAGED}{secrets.token_hex(8)}")
         with suppress(FileNotFoundError):
             try:
-                self.state = msgspec.json.decode(self.path.read_bytes(), type=State)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+                self.state = _noted(self.path)
+            except AcctdError:
                 os.close(self._fd)
-                raise AcctdError(
-                    f"the note {self.path} is damaged ({e}); remove it, and all records are written again"
-                ) from e
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -104,12 +105,14 @@ class Outgoing:
         self._finish()
         at, (number, digest) = self.state, book.anchor()
         if anew or not at.number:
+            # Of one that was taken out itself the ledger cannot say any more whether it was this one.
+            written = at.number if at.number < number else number if book.digest(at.number) == at.digest else 0
             self._note(number, digest)
-            return number
+            return number - written
         if at.number < number:
             raise LedgerError(
-                f"records {at.number + 1} to {number} were archived before they were written to {at.target}; "
-                "write them from the archive, then go on with --anew"
+                f"records {at.number + 1} to {number} were taken out of the ledger before they were written to "
+                f"{at.target}, and are in its archive only; go on without them with --anew"
             )
         if book.digest(at.number) != at.digest:
             raise LedgerError(
@@ -233,6 +236,26 @@ class Outgoing:
             os.close(fd)
 
 
+def furthest_behind(notes: Path, book: Ledger) -> tuple[int, str] | None:
+    """The last record that all directories have got that are written to, and which of them has no more.
+
+    None where there is none. Raises AcctdError for a damaged note.
+    """
+    found = []
+    for path in sorted(notes.glob("*.json")):
+        state = _noted(path)
+        is_ours = not state.number or book.digest(state.number) == state.digest or state.number < book.anchor()[0]
+        found.append((state.number if is_ours else 0, f"{state.target} (noted in {path})"))
+    return min(found, default=None)
+
+
+def _noted(path: Path) -> State:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=State)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        raise AcctdError(f"the note {path} is damaged ({e}); remove it, and all records are written again") from e
+
+
 class Sent(msgspec.Struct):
     """What one run did."""
 
@@ -264,8 +287,7 @@ def send(
     while number < upto and (rows := book.records_after(number, min(batch, upto - number))):
         wanted = []
         for number, digest, body in rows:
-            # SQLite's own tools make text of what they change.
-            if not isinstance(body, bytes) or hashlib.sha256(before.encode() + body).hexdigest() != digest:
+            if not fits(before, body, digest):
                 raise AcctdError(
                     f"record {number} of {book.path}, or the one before it, was altered after it was signed off; "
                     "restore the ledger"

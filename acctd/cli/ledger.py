@@ -25,6 +25,7 @@ from acctd.errors import AcctdError, ExhaustedError, NotFoundError
 from acctd.kernel import filelock
 from acctd.ledger import FILE, Ledger
 from acctd.sqlitefile import SqliteFile
+from exporters.outgoing import NOTES, furthest_behind
 
 _SPARE = 16 * 2**20  # bytes that a vacuum leaves on the disk
 
@@ -144,6 +145,13 @@ def _remove(config: Config, book: Ledger, plan: archives.Plan, directory: Path) 
     if known is not None and known < last:
         say(f"acctd: what comes after record {known} is not in the spool of acctd export yet, and stays")
         last = known
+    behind = furthest_behind(config.state_dir / NOTES, book)
+    if behind is not None and behind[0] < last:
+        say(
+            f"acctd: what comes after record {behind[0]} was not written by acctd usage-records to {behind[1]} yet, "
+            "and stays; write it, or remove the note"
+        )
+        last = behind[0]
     with progress("removing") as begin:
         removed = archives.take_out(book, plan.months, directory, last, begin(plan.records, 0))
     emit(f"{_records(removed)} removed from {book.path}; `acctd ledger vacuum` gives their room to the disk")

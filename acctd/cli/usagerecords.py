@@ -20,10 +20,7 @@ from acctd.kernel import filelock
 from acctd.ledger import Ledger
 from acctd.model import Record
 from exporters import apel, usagerecord
-from exporters.outgoing import Batch, Outgoing, Sent, send
-
-NOTES = "usage-records"
-"""Where in state_dir it is noted what was written to which directory."""
+from exporters.outgoing import NOTES, Batch, Outgoing, Sent, send
 
 _PATIENCE = 0.0  # another run writes the same records
 

@@ -34,6 +34,7 @@ from acctd.rows import Place
 from acctd.sinks import ExportConfig
 from acctd.sources.files import find
 from acctd.verification import verify
+from exporters.outgoing import NOTES, Outgoing, send
 
 REPO = Path(__file__).parents[2]
 NODE = socket.gethostname()
@@ -592,3 +593,26 @@ def test_the_ledgers_size_does_not_hang_on_the_samples(state: Path, harm: str) -
     assert "record: 5" in done.output and "samples" not in done.output and str(SAMPLES) in refused(done)
     done = run(state, "size", "--json")
     assert json.loads(done.output)["ledger"]["rows"]["record"] == 5 and str(SAMPLES) in refused(done)
+
+
+def test_what_was_not_written_for_a_grid_yet_stays(state: Path, files: Path, tmp_path: Path) -> None:
+    fill(state, *DAYS[:2])
+    (tmp_path / "ur").mkdir()
+    (state / NOTES).mkdir()
+
+    def write() -> int:
+        with (
+            Ledger(state / FILE) as book,
+            Outgoing("ur", tmp_path / "ur", state / NOTES, lambda batch: ("", f"{batch.last}")) as outgoing,
+        ):
+            return send(book, outgoing, lambda records: b"x" * len(records)).records
+
+    assert write() == 2
+    fill(state, *DAYS[2:])
+    said = ok(state, "archive", "--before", "2026-03", "--remove", str(files))
+    assert "2 records removed" in said
+    assert f"after record 2 was not written by acctd usage-records to {tmp_path}/ur (noted in {state}" in said
+    assert write() == 3
+    assert "2 records removed" in ok(state, "archive", "--before", "2026-03", "--remove", str(files))
+    with Ledger(state / FILE) as book:
+        assert book.span().first == 5

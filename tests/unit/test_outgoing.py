@@ -11,12 +11,12 @@ import pytest
 from dirq.QueueSimple import QueueSimple
 
 from acctd.cli.main import acctd
-from acctd.cli.usagerecords import NOTES, _queued
+from acctd.cli.usagerecords import _queued
 from acctd.errors import AcctdError, LedgerError, NotFoundError
 from acctd.ledger import FILE, Ledger
 from acctd.model import Record
 from exporters import outgoing
-from exporters.outgoing import Outgoing, send
+from exporters.outgoing import NOTES, Outgoing, furthest_behind, send
 from tests.unit.test_apel import SPEED
 from tests.unit.test_apel import record as made
 from tests.unit.test_ledger import SPEC, open_job
@@ -157,9 +157,32 @@ def test_records_that_went_into_an_archive_unwritten_are_noticed(book, tmp_path)
     assert write(book, tmp_path / "out").records == 3
     sign(book, "7", "8")
     book.take_out(7)
-    with pytest.raises(LedgerError, match="records 7 to 7 were archived before they were written"):
+    with pytest.raises(LedgerError, match=r"records 7 to 7 were taken out .* go on without them with --anew"):
         write(book, tmp_path / "out")
-    assert write(book, tmp_path / "out", anew=True) == outgoing.Sent(records=1, files=1, archived=7)
+    assert write(book, tmp_path / "out", anew=True) == outgoing.Sent(records=1, files=1, archived=1), "1 to 6 were sent"
+    book.take_out(8)
+    assert write(book, tmp_path / "out", anew=True) == outgoing.Sent(), "all were sent"
+    (tmp_path / "late").mkdir()
+    assert write(book, tmp_path / "late") == outgoing.Sent(archived=8)
+
+
+def test_how_far_behind_the_last_directory_is(book, tmp_path):
+    notes = tmp_path / "state" / NOTES
+    assert furthest_behind(notes, book) is None
+    sign(book, "1", "2")
+    write(book, tmp_path / "out")
+    (tmp_path / "late").mkdir()
+    sign(book, "3")
+    assert furthest_behind(notes, book)[0] == 2
+    write(book, tmp_path / "late")
+    assert furthest_behind(notes, book)[0] == 2 and str(tmp_path / "out") in furthest_behind(notes, book)[1]
+    write(book, tmp_path / "out")
+    assert furthest_behind(notes, book)[0] == 3
+    book.take_out(3)
+    assert furthest_behind(notes, book)[0] == 3
+    with Ledger(tmp_path / "other.sqlite") as other:
+        sign(other, "a", "b", "c")
+        assert furthest_behind(notes, other)[0] == 0, "of this ledger no directory has anything"
 
 
 def test_a_record_that_was_altered_is_not_written(book, tmp_path):
