@@ -122,6 +122,7 @@ class Methods:
 
     def __init__(self, daemon: Daemon, *, reload: Callable[[], None], leave: Callable[[], None]) -> None:
         self._daemon = daemon
+        self._turns = pages.Turns()
         self._reload, self._leave = reload, leave
         self._readers: dict[tuple[AccessConfig, int, int], tuple[float, bool]] = {}  # until when it is known
         self.table: dict[str, tuple[type[msgspec.Struct], Method]] = {
@@ -318,10 +319,14 @@ class Methods:
         return caller.uid == event.uid or self._reads_all(caller)
 
     async def _records(self, caller: Caller, wanted: _After) -> Answer:
-        return await pages.records(self._daemon, caller, wanted.after, every=self._reads_all(caller))
+        return await pages.records(
+            self._daemon, caller, wanted.after, self._turns.of(caller), every=self._reads_all(caller)
+        )
 
     async def _interim(self, caller: Caller, wanted: _After) -> Answer:
-        return await pages.interim(self._daemon, caller, wanted.after, every=self._reads_all(caller))
+        return await pages.interim(
+            self._daemon, caller, wanted.after, self._turns.of(caller), every=self._reads_all(caller)
+        )
 
     async def _samples(self, caller: Caller, wanted: _Samples) -> Answer:
         return await pages.samples(self._daemon, caller, wanted.job, wanted.started, every=self._reads_all(caller))

@@ -141,8 +141,9 @@ method Events(since: ?int, job: ?string, limit: ?int) -> (events: []Event)
 
 # What bills are made from, some at a time, of own jobs; of all for root and who may read all, which `all` says: signed
 # records after a number (0), oldest first, and the open jobs after a number (0), read now, as records that are not
-# final. `last` is what to go on with while there is more.
-method Records(after: ?int) -> (records: []Signed, last: int, more: bool, all: bool)
+# final. `last` is what to go on with while there is more. `archived`: until when jobs went (s since the epoch) whose
+# records were taken out of the ledger, and are in files only.
+method Records(after: ?int) -> (records: []Signed, last: int, more: bool, all: bool, archived: ?float)
 method Interim(after: ?int) -> (records: []object, last: int, more: bool, all: bool)
 
 # How a job of one's own went, by its id and `started` as its record has it: some hundred samples, each a list as

@@ -2,24 +2,24 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import click
-import msgspec
 
 from acctd import config as configuration
-from acctd import ledger, statement, tariff
+from acctd import tariff
 from acctd.bill import Selection, Tally
 from acctd.cli import billforms, billtime
 from acctd.cli.asking import agent_options, complete_job, where
-from acctd.cli.billagent import from_agent, living
+from acctd.cli.billagent import from_agent
 from acctd.cli.billforms import Sheet
 from acctd.cli.output import Output, emit, say
 from acctd.cli.progress import progress
+from acctd.cli.thisnode import ledger_or_agent, living
 from acctd.client import Client
 from acctd.config import Config
-from acctd.errors import AcctdError, NotFoundError, NotPermittedError, UnavailableError, UsageError
+from acctd.errors import AcctdError, NotFoundError, NotPermittedError, UsageError
 from acctd.ledger import Ledger
 from acctd.sources import gather
 from acctd.sources.crew import Reader
@@ -51,7 +51,7 @@ _FORMATS = ("table", "csv", "json", "html")
     "sources",
     metavar="SOURCE",
     multiple=True,
-    help="records DIR..., or influxdb://HOST:PORT?db=NAME. [default: the ledger of this node]",
+    help="ledger, records DIR..., both, or influxdb://HOST:PORT?db=NAME. [default: ledger]",
 )
 @click.argument("directories", metavar="[DIR]...", nargs=-1, type=click.Path())
 @agent_options
@@ -77,6 +77,7 @@ def command(
     ordinary user gets the bill of own jobs, from the agent. With `--from records DIR...` it is about the records below
     these directories, of as many nodes as there are: lines of JSON as a [json.NAME] sink writes them or `acctd ledger
     archive` does, packed or not, and files of one record. A record that was delivered twice counts once. With `--from
+    ledger --from records DIR...` it is about both: what was archived, and what came after. With `--from
     influxdb://HOST:PORT?db=NAME` the database adds up what it has.
 
     --since and --until take a month (2026-11), a day or a time in the tariff's timezone; what begins at --until is not
@@ -97,17 +98,18 @@ def command(
     make(frozenset())  # what is wrong with the question is said before anything is opened
     target = Output("--output", output) if output is not None else None
     path = where(socket_path, config_path)
-    places = _places(sources, directories)
+    database, of_ledger, places = _places(sources, directories)
     with progress("reading records") as bar:
-        if isinstance(places, str):
+        if database is not None:
             from acctd.sources.influx import Question, from_database  # urllib3, which takes its time to load
 
-            gathered = from_database(places, Question(select, groups, end), make, bar, os.environ)
-        elif places:
-            gathered = gather.from_files(places, make, bar)
+            gathered = from_database(database, Question(select, groups, end), make, bar, os.environ)
+        elif of_ledger:
+            gathered = of_this_node(config, path, make, bar, directories=places, partly=False)
         else:
-            gathered = of_this_node(config, path, make, bar)
-    for sentence in gathered.reader.looked.told:
+            gathered = gather.from_files(places, make, bar)
+    looked = gathered.reader.looked
+    for sentence in (*looked.told, *looked.torn):
         say(f"acctd: {sentence}")
     chosen = {"job": job, "user": user, "account": account, "tag": ", ".join(tags)}
     sheet = Sheet(
@@ -115,7 +117,7 @@ def command(
         selection={name: value for name, value in chosen.items() if value},
         kind=gathered.kind,
         places=gathered.places,
-        looked=gathered.reader.looked,
+        looked=looked,
         own=gathered.own,
         asked=now,
     )
@@ -124,19 +126,26 @@ def command(
         target.write(f"{text}\n")
     else:
         emit(text)
-    if broken := sheet.looked.broken:
-        raise AcctdError(f"{broken} lines could not be read and are not in the bill; mend or remove them")
+    if looked.broken:
+        raise AcctdError(
+            f"{billforms.so_many_lines(looked.broken)} could not be read and are not in the bill; mend or remove them"
+        )
+    if torn := len(looked.torn):
+        what = "1 packed file" if torn == 1 else f"{torn} packed files"
+        raise AcctdError(f"{what} could not be read to the end; restore or remove what is named")
 
 
 def load_config(path: str | None) -> Config:
     """The configuration, for commands that an ordinary user may give too."""
     try:
         return configuration.load(path, os.environ)
-    except NotPermittedError:
+    except NotPermittedError as e:
         # As for the agent's socket: an ordinary user need not be able to read root's configuration.
         default, _ = configuration.parse("", None)
         if default is None:
             raise
+        # Root's bill may have other prices, and nothing but the tariff's digest would tell.
+        say(f"acctd: {e}; without --tariff the prices are those of {default.tariff}")
         return default
 
 
@@ -163,45 +172,52 @@ def _tags(texts: tuple[str, ...]) -> Mapping[str, str]:
     return found
 
 
-def _places(sources: tuple[str, ...], directories: tuple[str, ...]) -> str | list[Path]:
-    """A database's URL, or directories; none of them: this node. Raises UsageError."""
+def _places(sources: tuple[str, ...], directories: tuple[str, ...]) -> tuple[str | None, bool, list[Path]]:
+    """A database's URL; whether the ledger is meant; directories. Raises UsageError."""
     databases = [source for source in sources if "://" in source]
     named = [source.removeprefix("records:") for source in sources if source.startswith("records:")]
     records = [Path(name) for name in (*named, *directories)]
-    other = [source for source in sources if "://" not in source and source.partition(":")[0] != "records"]
+    other = [
+        source
+        for source in sources
+        if "://" not in source and source != "ledger" and source.partition(":")[0] != "records"
+    ]
     if other:
         raise UsageError(
-            f"--from {other[0]!r} is none; write --from records DIR..., or --from influxdb://HOST:PORT?db=NAME"
+            f"--from {other[0]!r} is none; write --from ledger, --from records DIR..., or "
+            "--from influxdb://HOST:PORT?db=NAME"
         )
     if directories and "records" not in sources:
         raise UsageError(f"{directories[0]!r} belongs to nothing; write --from records before directories")
-    if databases and (records or len(databases) > 1):
+    if databases and len(sources) > 1:
         raise UsageError("--from names a database and something else; take one source, else records would count twice")
-    if sources and not databases and not records:
+    if len(sources) > sources.count("ledger") and not databases and not records:
         raise UsageError("--from records has no directory; name at least one")
-    return databases[0] if databases else records
+    return databases[0] if databases else None, "ledger" in sources or not sources, records
 
 
-def of_this_node(config: Config, socket: Path, make: Make, begin: Begin) -> Gathered:
-    """From the ledger where it may be read; else what the agent tells."""
-    path = config.state_dir / ledger.FILE
-    try:
-        if not path.exists():
-            raise NotFoundError(f"there is no ledger {path}; set state_dir, or name records by --from")
-        if not os.access(path, os.R_OK | os.W_OK):  # of a database with a WAL a reader writes, too
-            raise PermissionError
-    except PermissionError:
-        with Client(socket) as agent:
-            return from_agent(agent, socket, make, begin)
-    try:
-        with Client(socket) as agent:
-            read = living(agent)
-    except UnavailableError:
-        read = []
-    with Ledger(path) as book:
-        # As of their last readings, and jobs of `acctd run`, which no agent reads.
-        kept = [usage_of(msgspec.json.encode(record)) for record in statement.living(book)]
-    return gather.from_ledger(path, [*kept, *read], make, begin)
+def of_this_node(
+    config: Config,
+    socket: Path,
+    make: Make,
+    begin: Begin,
+    *,
+    directories: Sequence[Path] = (),
+    partly: bool = True,
+) -> Gathered:
+    """From the ledger where it may be read, and from directories; else what the agent tells.
+
+    Raises AcctdError where the ledger's records of the period were archived; with `partly` that is only told.
+    """
+    path = ledger_or_agent(config, socket)
+    if path is not None:
+        with Ledger(path) as book:
+            open_jobs = [usage_of(body) for body in living(book, socket)]
+        return gather.from_ledger(path, open_jobs, make, begin, directories=directories, partly=partly)
+    if directories:
+        raise NotPermittedError(f"the ledger in {config.state_dir} is not yours to read beside files; run as root")
+    with Client(socket) as agent:
+        return from_agent(agent, socket, make, begin)
 
 
 def _written(sheet: Sheet, form: str, *, terminal: bool) -> str:

@@ -1,22 +1,16 @@
-"""Records and open jobs by the agent's socket: for whoever may not read the ledger, and so far for those who may."""
+"""Records and open jobs by the agent's socket: for whoever may not read the ledger."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
+from acctd.cli.thisnode import pages
 from acctd.client import Client
 from acctd.sources.files import Batch, usage_of
 from acctd.sources.gather import Begin, Gathered, Make
 from acctd.sources.looked import Looked, digest, key
-from acctd.usage import Usage
-
-
-def living(agent: Client) -> list[Usage]:
-    """The open jobs that the caller may read, as of now. Raises UnavailableError for an agent that is too old."""
-    return [usage for page in _pages(agent, "Interim") for usage in map(_usage, page["records"])]
 
 
 @dataclass(slots=True)
@@ -25,10 +19,12 @@ class Ended:
 
     agent: Client
     every: bool = field(default=False, init=False)  # known once they were read
+    archived: float = field(default=0.0, init=False)  # until then went jobs of which the agent has no record any more
 
     def batches(self, looked: Looked) -> Iterator[Batch]:
-        for page in _pages(self.agent, "Records"):
+        for page in pages(self.agent, "Records"):
             self.every = page["all"]
+            self.archived = page.get("archived") or 0.0
             batch = Batch([], [], [])
             for signed in page["records"]:
                 body = msgspec.json.encode(signed["body"])
@@ -44,22 +40,15 @@ class Ended:
 
 def from_agent(agent: Client, path: Path, make: Make, begin: Begin) -> Gathered:
     """What the caller may see: as a rule own jobs alone."""
-    open_jobs = living(agent)
+    told = [body for page in pages(agent, "Interim") for body in page["records"]]
+    open_jobs = [usage_of(msgspec.json.encode(body)) for body in told]
     ended = Ended(agent)
     reader = make(frozenset(key(usage) for usage in open_jobs))
     reader.read(ended, None, begin(0, 0))
     gathered = Gathered(reader, "agent", (str(path),), own=not ended.every)
+    if ended.archived + 1 >= reader.needed_from and ended.archived:
+        reader.looked.missing = (
+            "older records were archived, and some of them may be of this period; root can bill them"
+        )
     gathered.live(open_jobs)
     return gathered
-
-
-def _pages(agent: Client, method: str) -> Iterator[dict[str, Any]]:
-    last, more = 0, True
-    while more:
-        page = agent.call(method, after=last)
-        last, more = page["last"], page["more"]
-        yield page
-
-
-def _usage(body: Any) -> Usage:
-    return usage_of(msgspec.json.encode(body))

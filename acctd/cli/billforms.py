@@ -6,6 +6,8 @@ never through a float; what users chose is harmless where it is shown.
 
 import csv
 import io
+import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -31,12 +33,16 @@ _NAMED = 8
 
 _KINDS = {
     "ledger": "of the ledger",
+    "both": "of the ledger and the files below",
     "records": "of the files below",
     "agent": "told by the agent at",
     "influxdb": "of the database",
 }
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_FORMULA = tuple("=+-@＝＋－＠")  # the wide ones mean the same
+_ODD = re.compile(r"[^\n\x20-\x7e]")
+"""What may need an escape in the text of JSON."""
+
 _LABEL = 10
 
 
@@ -46,7 +52,7 @@ class Sheet:
 
     bill: Bill
     selection: Mapping[str, str]  # what was asked for, in words of the options
-    kind: str  # ledger, records, agent or influxdb
+    kind: str  # as gather.Gathered has it
     places: tuple[str, ...]
     looked: Looked
     own: bool
@@ -71,8 +77,11 @@ class Sheet:
         """What must be known to judge the sums."""
         looked = self.looked
         notes = [*self.bill.notes, *([OWN] if self.own else [])]
+        if looked.missing:
+            notes.append(f"{looked.missing}; what they used is not in it")
         if looked.broken:
-            notes.append(f"{looked.broken} lines could not be read, and what is in them is not in the bill")
+            notes.append(f"{so_many_lines(looked.broken)} could not be read, and what is in them is not in the bill")
+        notes += looked.torn
         notes += [f"the end of {path} is not written yet, and not in the bill" for path in looked.unfinished]
         return notes
 
@@ -93,7 +102,8 @@ def facts(sheet: Sheet) -> list[tuple[str, str]]:
         found += [("first", f"{looked.first[0]} {looked.first[1]}"), ("last", f"{looked.last[0]} {looked.last[1]}")]
     if looked.digest:
         found.append(("digests", f"{looked.digest}, their sum"))
-    found.append(("payers", _few(bill.payers)))
+    if bill.payers:  # no word for nobody: it may be a payer's name
+        found.append(("payers", _few(bill.payers)))
     if bill.living:
         found.append(("so far", f"{_few(bill.living)}, as of {shown(int(sheet.asked), sheet.zone)}"))
     return found + [("note", note) for note in sheet.notes]
@@ -101,7 +111,7 @@ def facts(sheet: Sheet) -> list[tuple[str, str]]:
 
 def columns(bill: Bill) -> list[tuple[str, Callable[[Line], str]]]:
     """What each line has, for people: titles and texts."""
-    groups = [(word, _group(number)) for number, word in enumerate(bill.group_by)]
+    groups = [(word, _group(number)) for number, word in enumerate(bill.group_by) if word != "month"]  # has its own
     periods = len({line.valid_from for line in bill.lines}) > 1
     return [
         ("payer", lambda line: line.payer),
@@ -158,7 +168,7 @@ def csv_text(sheet: Sheet) -> str:
     writer = csv.writer(written)
     own = (
         "payer",
-        *bill.group_by,
+        *(word for word in bill.group_by if word != "month"),
         "month",
         "prices_of",
         "item",
@@ -171,7 +181,8 @@ def csv_text(sheet: Sheet) -> str:
     )
     writer.writerow((*own, *rest))
     for line in bill.lines:
-        cells = (line.payer, *line.group, line.month, line.valid_from, line.item, line.tier)
+        groups = [value for word, value in zip(bill.group_by, line.group, strict=True) if word != "month"]
+        cells = (line.payer, *groups, line.month, line.valid_from, line.item, line.tier)
         numbers = (number(line.quantity), line.unit, number(line.price), number(line.amount))
         writer.writerow((*map(_cell, cells), *numbers, "yes" if line.living else "no", *rest.values()))
     return written.getvalue().removesuffix("\r\n")
@@ -185,7 +196,7 @@ def json_text(sheet: Sheet) -> str:
         "selection": dict(sheet.selection),
         "tariff": {"name": bill.tariff, "sha256": bill.digest, "currency": bill.currency, "digits": bill.digits},
         "source": {
-            "kind": sheet.kind,
+            "kind": "ledger and records" if sheet.kind == "both" else sheet.kind,
             "places": list(sheet.places),
             "records": looked.records,
             "repeated": looked.repeated,
@@ -194,6 +205,7 @@ def json_text(sheet: Sheet) -> str:
             "first": _numbered(looked.first),
             "last": _numbered(looked.last),
             "broken": looked.broken,
+            "torn": len(looked.torn),
             "unfinished": looked.unfinished,
             "own_only": sheet.own,
         },
@@ -220,7 +232,7 @@ def json_text(sheet: Sheet) -> str:
         "total": number(bill.total),
         "notes": sheet.notes,
     }
-    return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+    return _ODD.sub(_escaped, msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
 
 
 def number(value: Decimal) -> str:
@@ -233,18 +245,33 @@ def on_terminal(path: str | None) -> bool:
     return path is None and sys.stdout is not None and sys.stdout.isatty()
 
 
+def so_many_lines(count: int) -> str:
+    """So many of them, in words."""
+    return f"{count} line{'' if count == 1 else 's'}"
+
+
 def _group(position: int) -> Callable[[Line], str]:
     return lambda line: line.group[position] or "-"
 
 
 def _few(names: tuple[str, ...]) -> str:
     more = len(names) - _NAMED
-    return (", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")) or "nobody"
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _cell(text: str) -> str:
-    """A spreadsheet takes what begins so for a formula; the apostrophe makes it text. owasp.org, CSV Injection."""
-    return f"'{text}" if text.startswith(_FORMULA) or text.lstrip().startswith(_FORMULA[:4]) else text
+    """A spreadsheet takes what begins so for a formula; the apostrophe makes it text. owasp.org, CSV Injection.
+
+    What cannot be seen becomes `?` as in the table: CSV has no escapes, and is looked at on terminals too.
+    """
+    shown_text = clean(text)
+    return f"'{shown_text}" if shown_text.lstrip().startswith(_FORMULA) else shown_text
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """What acts on a terminal though JSON allows it, as JSON's own escape: the value stays the same."""
+    char = found[0]
+    return char if char.isprintable() else json.dumps(char)[1:-1]
 
 
 def _end(found: tuple[int, str] | None) -> str:

@@ -7,11 +7,12 @@ import pwd
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
-from acctd import history, ledger, statement
+from acctd import history, ledger
+from acctd.cli import thisnode
 from acctd.client import Client
 from acctd.config import Config
 from acctd.errors import AcctdError, LedgerError, NotFoundError, NotPermittedError, UnavailableError
@@ -20,6 +21,7 @@ from acctd.model import Record
 from acctd.points import Point
 from acctd.report import sums
 from acctd.report.sums import Ended
+from acctd.sources import books
 
 
 class Source(Protocol):
@@ -40,21 +42,8 @@ class Source(Protocol):
 
 
 def source(config: Config, socket: Path) -> Source:
-    """The ledger if this user may read it, else the agent. Raises NotFoundError where there is neither."""
-    path = config.state_dir / ledger.FILE
-    try:
-        there = path.exists()
-    except PermissionError:
-        there = True
-    if there and os.access(path, os.R_OK | os.W_OK):  # of a database with a WAL a reader writes, too
-        return _OfLedger(config, socket)
-    try:
-        with Client(socket):
-            return _OfAgent(socket)
-    except UnavailableError as e:
-        if not there:
-            raise NotFoundError(f"there is no ledger {path}, and {e}; set state_dir") from None
-        raise NotPermittedError(f"the ledger {path} is root's, and {e}; run as root") from None
+    """The ledger if this user may read it, else the agent. Raises what thisnode.ledger_or_agent() does."""
+    return _OfAgent(socket) if thisnode.ledger_or_agent(config, socket) is None else _OfLedger(config, socket)
 
 
 @dataclass(slots=True)
@@ -79,10 +68,11 @@ class _OfLedger:
     config: Config
     socket: Path
     seen: _Range = field(default_factory=_Range)
+    absent: str = ""  # a sentence on records that were archived
 
     @property
     def looked(self) -> str:
-        return self.seen.said("the ledger of this node")
+        return self.seen.said("the ledger of this node") + (f"; {self.absent}" if self.absent else "")
 
     def job(self, name: str) -> Record:
         with Ledger(self.config.state_dir / ledger.FILE) as book:
@@ -106,6 +96,7 @@ class _OfLedger:
                 if watched and (job.id, job.started) in watched:
                     ended.add((job.id, job.started))
                 yield job
+            self.absent = books.missing(book, since)
             for record in living:
                 if (record.id, record.started) not in ended and owner in (None, record.owner):
                     yield sums.decode(msgspec.json.encode(record))
@@ -113,18 +104,13 @@ class _OfLedger:
     def points(self, record: Record) -> tuple[list[Point], str]:
         try:
             return history.kept(self.config.state_dir / history.FILE, record.id, record.started), ""
-        except LedgerError as e:
+        except AcctdError as e:  # of another acctd, not to be opened, broken: the numbers are in the record
             return [], f"The samples cannot be read: {e}."
 
     def _living(self, book: Ledger) -> list[Record]:
         """What the agent holds as of now; as of their last readings jobs of `acctd run`, or all if no agent answers."""
-        known = {(record.id, record.started): record for record in statement.living(book)}
-        try:
-            with Client(self.socket) as agent:
-                told = [_record(body) for page in _pages(agent, "Interim") for body in page["records"]]
-        except UnavailableError:
-            told = []
-        return list((known | {(record.id, record.started): record for record in told}).values())
+        told = [_record(msgspec.json.decode(body)) for body in thisnode.living(book, self.socket)]
+        return list({(record.id, record.started): record for record in told}.values())
 
 
 @dataclass(slots=True)
@@ -138,12 +124,12 @@ class _OfAgent:
 
     def job(self, name: str) -> Record:
         with Client(self.socket) as agent:
-            for page in _pages(agent, "Interim"):
+            for page in thisnode.pages(agent, "Interim"):
                 for body in page["records"]:
                     if body["id"] == name:
                         return _record(body)
             found = None
-            for page in _pages(agent, "Records"):
+            for page in thisnode.pages(agent, "Records"):
                 found = next((each["body"] for each in reversed(page["records"]) if each["body"]["id"] == name), found)
         if found is None:
             raise NotFoundError(f"no job {name!r} of yours; jobs of others are for their owners and root")
@@ -152,9 +138,9 @@ class _OfAgent:
     def jobs(self, owner: str | None, since: float) -> Iterator[Ended]:
         own = _name()
         with Client(self.socket) as agent:
-            living = [record for page in _pages(agent, "Interim") for record in page["records"]]
+            living = [record for page in thisnode.pages(agent, "Interim") for record in page["records"]]
             ended = set()
-            for page in _pages(agent, "Records"):
+            for page in thisnode.pages(agent, "Records"):
                 if not page["all"] and owner != own:
                     what = "all jobs" if owner is None else f"jobs of {owner!r}"
                     raise NotPermittedError(f"{what} are for root to see; ask for --user {own}, or run as root")
@@ -181,14 +167,6 @@ class _OfAgent:
             raise AcctdError(
                 f"the agent's answer is not as expected: {e}; see that it is of the same version"
             ) from None
-
-
-def _pages(agent: Client, method: str) -> Iterator[dict[str, Any]]:
-    last, more = 0, True
-    while more:
-        page = agent.call(method, after=last)
-        last, more = page["last"], page["more"]
-        yield page
 
 
 def _record(body: object) -> Record:

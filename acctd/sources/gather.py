@@ -35,7 +35,6 @@ class Gathered:
     places: tuple[str, ...]  # where that is
     living: list[Usage] = field(default_factory=list)  # those that were added
     own: bool = False  # of one user's jobs alone
-    missing: str = ""  # a sentence on records that were archived
 
     def live(self, usages: Iterable[Usage]) -> None:
         """Add the open jobs that have no record by now."""
@@ -99,7 +98,8 @@ def from_ledger(
             raise AcctdError(f"{absent}, and the last of them is in no file below {_shown(directories)}; name more")
         absent = ""
     kind, places = ("both", directories) if directories else ("ledger", ())
-    gathered = Gathered(reader, kind, (str(path), *map(str, places)), missing=absent)
+    reader.looked.missing = absent
+    gathered = Gathered(reader, kind, (str(path), *map(str, places)))
     gathered.live(known.values())
     return gathered
 

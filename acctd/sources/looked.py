@@ -41,6 +41,7 @@ class Looked:
     torn: list[str] = field(default_factory=list)  # packed files of which the rest cannot be read, a sentence each
     unfinished: list[str] = field(default_factory=list)  # files at whose end somebody writes
     found: bool = False  # the line that was sought
+    missing: str = ""  # a sentence on records that were archived, and may be of the period
     first: tuple[int, str] | None = None  # number and digest of the ledger's first record that was looked at
     last: tuple[int, str] | None = None
 
@@ -67,6 +68,7 @@ class Looked:
         self.torn = sorted({*self.torn, *other.torn})
         self.unfinished = sorted({*self.unfinished, *other.unfinished})
         self.found = self.found or other.found
+        self.missing = self.missing or other.missing
         self.first = _least(self.first, other.first)
         self.last = _most(self.last, other.last)
 

@@ -244,7 +244,7 @@ def test_pages_go_on_where_they_ended(served: Served) -> None:
     first = served.ok("Records", after=1)
     assert [signed["number"] for signed in first["records"]] == [2, 3]
     assert (first["last"], first["more"], first["all"]) == (3, False, True)
-    assert served.ok("Records", after=3) == {"records": [], "last": 3, "more": False, "all": True}
+    assert served.ok("Records", after=3) == {"records": [], "last": 3, "more": False, "all": True, "archived": None}
     process = work(served, "open")
     page = served.ok("Interim")
     assert [(record["id"], record["state"]) for record in page["records"]] == [("open", "running")]

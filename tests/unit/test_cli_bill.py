@@ -1,6 +1,7 @@
 """acctd bill as a person and a program use it: periods, forms, what users put into them, and what is refused."""
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -10,12 +11,16 @@ from decimal import Decimal
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from acctd.cli import billtime
 from acctd.cli.bill import command
 from acctd.errors import AcctdError, ConfigError, NotFoundError, UsageError
+from acctd.frames import RecordFrame, encode
+from acctd.ledger import Ledger
+from acctd.wording import clean
 from tests.unit.test_sources import body, ledger, line, record
 
 TARIFF = """
@@ -135,7 +140,7 @@ def test_csv_is_strict_and_no_formula(place: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     assert len(rows) == 6
     assert sum(Decimal(row["amount"]) for row in rows) == Decimal("3072.75")
-    assert {row["payer"] for row in rows} == {"ada", "bob", f"'{EVIL}"}
+    assert {row["payer"] for row in rows} == {"ada", "bob", f"'{clean(EVIL)}"}
     assert not any(value.lstrip()[:1] in "=+-@" for row in rows for value in row.values() if value)
     assert {row["tariff"] for row in rows} == {"unit"}
 
@@ -164,7 +169,75 @@ def test_what_is_selected_is_shown_and_named(place: Path) -> None:
     assert json.loads(files(place, "--format", "json", "--job", "3.0").stdout)["payers"] == [EVIL]
     found = json.loads(files(place, "--format", "json", "--tag", f"Account={EVIL}").stdout)
     assert found["payers"] == [EVIL]
-    assert "nothing to pay: 0.00 EUR" in files(place, "--user", "nobody").stdout
+    nothing = files(place, "--user", "nobody").stdout
+    assert "nothing to pay: 0.00 EUR" in nothing and "payers" not in nothing
+
+
+def test_the_month_is_one_column_also_where_lines_are_grouped_by_it(place: Path) -> None:
+    table, rows = (files(place, "--group-by", "user,month", "--format", form).stdout for form in ("table", "csv"))
+    (head,) = [line for line in table.splitlines() if line.startswith("PAYER")]
+    assert head.split()[:4] == ["PAYER", "USER", "MONTH", "ITEM"]
+    titles, *cells = csv.reader(io.StringIO(rows, newline=""))
+    assert len(set(titles)) == len(titles) and titles[:3] == ["payer", "user", "month"]
+    assert {row[2] for row in cells} == {"2027-01"} and len(cells) == 6
+
+
+@pytest.mark.parametrize("name", ["\x00=1", "\u200b=1", "\ufeff+1", "＝1", "＋1", "－1", "＠1", "\t=1", " =1"])
+def test_no_name_is_a_formula_in_whatever_script(place: Path, name: str) -> None:
+    (place / "records" / "log.jsonl").write_bytes(line(record(1, owner=name)))
+    rows = list(csv.DictReader(io.StringIO(files(place, "--format", "csv").stdout, newline="")))
+    assert {row["payer"].lstrip("?")[0] in "'=+@" for row in rows} == {True}
+    assert not any(row["payer"].lstrip()[0] in "=+-@＝＋－＠\u200b\ufeff\0" for row in rows)
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "json", "html"])
+def test_no_form_has_what_acts_on_a_terminal(place: Path, form: str) -> None:
+    name = "a\x1b[31m\x9b2J\x7f\u202eb\u0085\u2028\U000e0041z"
+    (place / "records" / "log.jsonl").write_bytes(line(record(1, owner=name)))
+    text = files(place, "--format", form).stdout
+    assert [char for char in text.replace("\r\n", "\n") if not char.isprintable() and char != "\n"] == []
+    if form == "json":
+        assert json.loads(text)["payers"] == [name]
+
+
+def test_a_packed_file_that_is_not_whole_is_told_in_the_exit_code(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "records" / "old.gz").write_bytes(gzip.compress(line(record(9)))[:-3])
+    said: list[str] = []
+    monkeypatch.setattr("acctd.cli.bill.say", said.append)
+    done = files(place, "--format", "json")
+    error = refused(done)
+    assert error.exit_code == 70 and "1 packed file could not" in str(error)
+    assert [("behind line 1 of it" in sentence) for sentence in said] == [True]
+    document = json.loads(done.stdout)
+    assert document["source"]["records"] == 4 and document["source"]["torn"] == 1
+    assert any("is packed and not whole" in note for note in document["notes"])
+
+
+def test_what_was_archived_is_billed_with_what_came_after_or_not_at_all(place: Path) -> None:
+    (place / "state").mkdir()
+    (place / "archive").mkdir()
+    path = ledger(place / "state" / "ledger.sqlite", [record(1), record(2), record(3, owner="eve")])
+    config = place / "acctd.toml"
+    config.write_text(f'state_dir = "{place}/state"\nruntime_dir = "{place}/run"\n')
+
+    def billed(*arguments: str) -> Result:
+        return run(place, "--config", str(config), *arguments)
+
+    before = json.loads(billed("--format", "json").stdout)
+    with Ledger(path) as book, gzip.open(place / "archive" / "a.jsonl.gz", "wb") as packed:
+        for number, digest, text in book.records_after(0, 2):
+            packed.write(encode(RecordFrame(number, digest, 1, msgspec.Raw(text))) + b"\n")
+        book.take_out(2)
+    error = refused(billed())
+    assert error.exit_code == 70 and "records up to 2" in str(error) and "--from records DIR" in str(error)
+    done = billed("--format", "json", "--from", "ledger", "--from", "records", str(place / "archive"))
+    after = json.loads(done.stdout)
+    assert after["lines"] == before["lines"] and after["total"] == before["total"]
+    assert after["source"]["digest"] == before["source"]["digest"]
+    assert after["source"]["kind"] == "ledger and records"
+    text = billed("--from", "ledger", "--from", "records", str(place / "archive")).stdout
+    assert f"3 of the ledger and the files below {place}/state/ledger.sqlite, {place}/archive, 1 node" in text
+    assert billed("--from", "ledger", "--since", "2027-03", "--until", "2027-04").exit_code == 0
 
 
 def test_broken_lines_are_named_counted_and_told_in_the_exit_code(place: Path) -> None:
@@ -172,7 +245,7 @@ def test_broken_lines_are_named_counted_and_told_in_the_exit_code(place: Path) -
         stream.write(b"{]\n")
     done = files(place, "--format", "json")
     error = refused(done)
-    assert error.exit_code == 70 and "1 lines could not be read" in str(error)
+    assert error.exit_code == 70 and "1 line could not be read" in str(error)
     document = json.loads(done.stdout)
     assert document["source"]["broken"] == 1 and len(document["lines"]) == 6
     assert any("could not be read" in note for note in document["notes"])
@@ -203,7 +276,9 @@ def test_the_ledger_is_billed_without_an_agent(place: Path) -> None:
     [
         (("--from", "records"), "name at least one"),
         (("here",), "--from records before"),
-        (("--from", "ledger"), "is none"),
+        (("--from", "ledger:x"), "is none"),
+        (("--from", "ledger", "--from", "records"), "name at least one"),
+        (("--from", "ledger", "--from", "influxdb://x?db=a"), "take one source"),
         (("--from", "influxdb://x?db=a", "--from", "influxdb://y?db=a"), "take one source"),
         (("--from", "influxdb://x?db=a", "--from", "records", "."), "take one source"),
         (("--from", "mysql://x"), "none of a database"),

@@ -1,6 +1,8 @@
 """Pages of records: everybody's own, all of them in the end, and none larger or dearer than one may be."""
 
 import asyncio
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,11 @@ def page(path: Path, caller: Caller, after: int, *, every: bool) -> dict[str, An
         daemon: Any = SimpleNamespace(
             agent=SimpleNamespace(ledger=book), books=SimpleNamespace(read=lambda act: act()), jobs={}
         )
-        return asyncio.run(pages.records(daemon, caller, after, every=every))
+
+        async def asked() -> dict[str, Any]:
+            return await pages.records(daemon, caller, after, pages.Turns().of(caller), every=every)
+
+        return asyncio.run(asked())
 
 
 def numbers(path: Path, caller: Caller, *, every: bool) -> tuple[list[int], int]:
@@ -78,6 +84,46 @@ def test_bodies_are_those_that_were_signed(tmp_path: Path) -> None:
     (signed,) = page(path, ROOT, 0, every=True)["records"]
     assert bytes(signed["body"]) == msgspec.json.encode(made)
     assert msgspec.json.encode(msgspec.json.decode(signed["body"])) == msgspec.json.encode(made)
+
+
+def test_many_pages_of_one_user_take_no_more_turns_than_one(tmp_path: Path) -> None:
+    """Between two pieces of work for a user everybody else has a turn: with as many pages as a user may ask for."""
+    path = ledger(tmp_path / FILE, [record(number, uid=7) for number in range(1, 4 * pages._AT_ONCE)])
+    others, rounds = [Caller(1, uid, uid, "") for uid in (1000, 1001)], [0]
+    worked: list[tuple[int, int]] = []  # in which round of the loop, for whom
+
+    async def asked(book: Ledger) -> None:
+        turns = pages.Turns()
+
+        def read(act: Callable[[], Any]) -> Any:
+            if act.func is pages._signed:  # type: ignore[attr-defined]
+                worked.append((rounds[0], len(worked)))
+            return act()
+
+        daemon: Any = SimpleNamespace(agent=SimpleNamespace(ledger=book), books=SimpleNamespace(read=read), jobs={})
+        tasks = [
+            asyncio.create_task(pages.records(daemon, caller, 0, turns.of(caller), every=False))
+            for caller in others * 20
+        ]
+        while not all(task.done() for task in tasks):
+            rounds[0] += 1
+            await asyncio.sleep(0)
+
+    with Ledger(path) as book:
+        asyncio.run(asked(book))
+    each = Counter(turn for turn, _ in worked)
+    assert len(worked) == 2 * 20 * 4
+    assert max(each.values()) <= len(others), "a piece for each user between two rounds of the loop"
+
+
+def test_a_page_tells_until_when_records_were_taken_out(tmp_path: Path) -> None:
+    path = ledger(tmp_path / FILE, [record(number) for number in range(1, 10)])
+    assert page(path, ADA, 0, every=False)["archived"] is None
+    with Ledger(path) as book:
+        book.take_out(3)
+        assert page(path, ADA, 0, every=False)["archived"] == book.taken_until() > 0
+        book._db.execute("DELETE FROM meta WHERE key = 'taken_until'")
+    assert page(path, ADA, 0, every=False)["archived"] > 2e11, "nobody noted it: any time may be meant"
 
 
 @pytest.mark.parametrize("after", [-1, 2**63])

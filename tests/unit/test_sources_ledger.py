@@ -88,11 +88,11 @@ def test_a_ledger_of_which_the_period_was_archived_makes_no_bill_without_the_arc
     with pytest.raises(AcctdError, match=r"records up to 8 of .* were archived.*--from records DIR"):
         gather.from_ledger(path, [], make, begin)
     part = gather.from_ledger(path, [], make, begin, partly=True)
-    assert jobs(part) == 12 and "records up to 8" in part.missing
+    assert jobs(part) == 12 and "records up to 8" in part.reader.looked.missing
     whole = gather.from_ledger(path, [], make, begin, directories=[directory])
-    assert (jobs(whole), whole.missing, whole.kind) == (20, "", "both")
+    assert (jobs(whole), whole.reader.looked.missing, whole.kind) == (20, "", "both")
     later = gather.from_ledger(path, [], make_since(BEGAN + 60 * 86400), begin)  # and the month before it
-    assert (jobs(later), later.missing) == (0, "")
+    assert (jobs(later), later.reader.looked.missing) == (0, "")
     with Ledger(path) as book:
         book._db.execute("DELETE FROM meta WHERE key = 'taken_until'")  # of an acctd that did not note it
     with pytest.raises(AcctdError, match="archived"):
