@@ -6,13 +6,15 @@ After the habits of Slurm's seff and Princeton's jobstats.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from acctd.cgroup.cpus import parse_list
 from acctd.meter import State
 from acctd.model import Limits
 from acctd.policies import Shortage
-from acctd.report.units import duration, size
+from acctd.report.units import duration, few, in_cores, size
 
 LEAST_NS = 30 * 10**9
 """A shorter job gets no advice: its memory was sampled a few times only, and starting up was most of what it did."""
@@ -58,11 +60,9 @@ class Facts:
     @property
     def cores(self) -> float | None:
         """Cores that it asked for; over its whole time, where that changed."""
-        if (reserved := self.one("cpu_reserved")) and self.wall_ns:
-            return reserved / self.wall_ns
-        if self.exclusive:
-            return float(count(self.exclusive))
-        return self.limits.cpus
+        if (held := self.one("cpu_reserved")) and self.wall_ns:
+            return held / self.wall_ns
+        return reserved(self.limits, self.exclusive)
 
     @property
     def cores_used(self) -> float | None:
@@ -75,9 +75,7 @@ class Facts:
     @property
     def need(self) -> int | None:
         """Bytes that the job cannot have done without, at its peak: resident and kernel memory, and no page cache."""
-        if (resident := self.one("memory_resident_peak")) is None:
-            return None
-        return resident + (self.one("memory_kernel_peak") or 0)
+        return needed(self.totals)
 
     def share(self, name: str, per_second: int) -> float:
         """Of the job's time, what a counter of time has."""
@@ -85,13 +83,20 @@ class Facts:
         return value * (10**9 // per_second) / self.wall_ns if value and self.wall_ns else 0.0
 
 
-def count(cpus: str) -> int:
-    """How many CPUs a list has: 0-3,8 -> 5."""
-    number = 0
-    for part in cpus.split(","):
-        first, _, last = part.partition("-")
-        number += int(last or first) - int(first) + 1
-    return number
+def reserved(limits: Limits, exclusive: str) -> float | None:
+    """Cores asked for, as they are billed: the quota, or those that the job has for itself where they are more."""
+    return max(limits.cpus or 0.0, float(len(parse_list(exclusive)))) or None
+
+
+def needed(totals: State) -> int | None:
+    """Bytes of memory without page cache at most; None where the host does not count it.
+
+    Resident and kernel memory need not have had their peaks at one moment: it is no more than the kernel saw of all.
+    """
+    if (resident := totals.get("memory_resident_peak", {}).get("")) is None:
+        return None
+    need = resident + totals.get("memory_kernel_peak", {}).get("", 0)
+    return min(need, totals.get("memory_peak", {}).get("") or need)
 
 
 def hints(facts: Facts) -> list[Hint]:
@@ -119,8 +124,7 @@ def _shortages(facts: Facts) -> list[Hint]:
         number = len(own) + facts.shortages_dropped
         times = "once" if number == 1 else f"{number} times"
         at = "" if limit is None else f" at its limit of {size(limit)}"
-        ask = "" if limit is None else f" Ask for {size(advised(limit))} next time, or make it need less."
-        found.append(Hint("problem", f"The job ran out of memory {times}{at}.{ask}"))
+        found.append(Hint("problem", f"The job ran out of memory {times}{at}.{_more(facts, own, limit)}"))
     for level, whose in (
         ("host", "the node itself had none left, which this job's own limit would not have changed"),
         ("parent", "the job around it reached its limit"),
@@ -134,6 +138,17 @@ def _shortages(facts: Facts) -> list[Hint]:
             Hint("problem", f"The kernel killed {processes} of the job for want of memory. Ask for more memory.")
         )
     return found
+
+
+def _more(facts: Facts, own: Sequence[Shortage], limit: int | None) -> str:
+    """What to ask for after a shortage: what it needed, if it was given that and ended well; else nobody knows."""
+    if limit is None:
+        return ""
+    if not (facts.running or facts.failed) and all(shortage.action == "grown" for shortage in own):
+        return f" It was given more, and ended well. Ask for {size(advised(max(facts.need or 0, limit)))} next time."
+    return (
+        f" How much more it needs is not known: try twice as much, {size(2 * limit)}, next time, or make it need less."
+    )
 
 
 def _refused(facts: Facts) -> list[Hint]:
@@ -203,7 +218,7 @@ def _cpu(facts: Facts) -> list[Hint]:
     periods, stopped = facts.one("cpu_periods"), facts.one("cpu_throttled_periods")
     throttled = bool(periods and stopped and periods >= _PERIODS and stopped >= _THROTTLED * periods)
     if throttled and periods and stopped:
-        quota = "" if facts.limits.cpus is None else f" of {_cores(facts.limits.cpus)}"
+        quota = "" if facts.limits.cpus is None else f" of {in_cores(facts.limits.cpus)}"
         found.append(
             Hint(
                 "problem",
@@ -211,26 +226,26 @@ def _cpu(facts: Facts) -> list[Hint]:
                 "it ran. Ask for more cores, or start fewer threads.",
             )
         )
-    cores, used = facts.cores, facts.cores_used
-    if cores is None or used is None or cores <= 0:
+    asked, used = facts.cores, facts.cores_used
+    if asked is None or used is None or asked <= 0:
         return found
-    efficiency = used / cores
+    efficiency = used / asked
     if efficiency >= 0.8:
-        found.append(Hint("good", f"Its CPUs were well used: {_cores(used)} of {_cores(cores)} on average."))
+        found.append(Hint("good", f"Its CPUs were well used: {in_cores(used)} of {in_cores(asked)} on average."))
         return found
-    if efficiency >= _IDLE or throttled or facts.running or facts.failed or cores < 1.5:
+    if efficiency >= _IDLE or throttled or facts.running or facts.failed or asked < 1.5:
         return found
     busiest = used if facts.cores_peak is None else max(facts.cores_peak, used)
     enough = max(1, math.ceil(busiest * 1.05 - 0.1))
-    idle = f"It asked for {_cores(cores)} and used {used:.2g} on average ({100 * efficiency:.0f} %)"
-    if enough <= _OVER * cores and facts.cores_peak is not None:
+    idle = f"It asked for {in_cores(asked)} and used {few(used)} on average ({100 * efficiency:.0f} %)"
+    if enough <= _OVER * asked and facts.cores_peak is not None:
         found.append(
-            Hint("advice", f"{idle}, {busiest:.2g} in its busiest time. Ask for {_cores(float(enough))} next time.")
+            Hint("advice", f"{idle}, {few(busiest)} in its busiest time. Ask for {in_cores(float(enough))} next time.")
         )
     elif facts.cores_peak is None:
         found.append(Hint("advice", f"{idle}. See whether it can use all of them, or ask for fewer next time."))
     else:
-        found.append(Hint("note", f"{idle}, but up to {busiest:.2g} at times: parts of it run on few cores."))
+        found.append(Hint("note", f"{idle}, but up to {few(busiest)} at times: parts of it run on few cores."))
     return found
 
 
@@ -250,11 +265,6 @@ def _waiting(facts: Facts) -> list[Hint]:
             Hint("advice", f"Part of it waited {what} during {100 * min(some, 1.0):.0f} % of its time{alone}. {advice}")
         )
     return found
-
-
-def _cores(number: float) -> str:
-    text = f"{number:.2f}".rstrip("0").rstrip(".")
-    return f"{text} core" if text == "1" else f"{text} cores"
 
 
 def too_short(facts: Facts) -> str:

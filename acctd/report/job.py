@@ -18,7 +18,7 @@ from acctd.report.markup import Child, Html, join, tag
 from acctd.report.money import bill_section, top_items
 from acctd.report.page import Column, Section, bar, facts, page, table
 from acctd.report.quantities import quantities
-from acctd.report.units import duration, size, stamp
+from acctd.report.units import duration, few, mebibytes, size, stamp
 
 _LEVELS = {"problem": "Problem", "advice": "Next time", "note": "To know", "good": "Good"}
 _WHOSE = {
@@ -112,7 +112,7 @@ def _about(subject: Subject) -> Html:
                 *((f"Tag {key}", value) for key, value in sorted(record.tags.items())),
             ]
         ),
-        [tag("p", tag("strong", "Note: "), note) for note in record.notes],
+        [tag("p", tag("strong", "Note: "), mebibytes(note)) for note in record.notes],
     )
 
 
@@ -151,7 +151,7 @@ def _used(found: Facts) -> Html:
         row("Swap at most", size(swap), size(swapped), swapped / swap if swap else None)
     if (used := found.cores_used) is not None:
         cores = found.cores
-        row("Cores on average", "" if cores is None else f"{cores:.4g}", f"{used:.3g}", used / cores if cores else None)
+        row("Cores on average", "" if cores is None else few(cores), few(used), used / cores if cores else None)
     if (tasks := found.one("pids_peak")) is not None:
         pids = found.limits.pids
         row(
@@ -219,7 +219,7 @@ def _shortage(shortage: Shortage, number: int, record: Record, zone: tzinfo) -> 
     return tag(
         "div",
         tag("h3", f"Shortage {number}, {moment}"),
-        tag("p", shortage.text) if shortage.text else None,
+        tag("p", mebibytes(shortage.text)) if shortage.text else None,
         facts(
             [
                 ("When", stamp(shortage.time, zone)),

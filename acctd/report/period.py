@@ -14,7 +14,7 @@ from acctd.report.money import bill_section, top_items
 from acctd.report.page import STYLES, Column, Section, bar, facts, figure, page, table
 from acctd.report.plot import Band, Plot
 from acctd.report.sums import Sum, Sums, months
-from acctd.report.units import Scale, amount, decimal, decimal_scale, duration, plain_scale, size, stamp
+from acctd.report.units import Scale, amount, decimal, decimal_scale, duration, few, plain_scale, size, stamp
 
 _DAYS = 100
 """Days that a plot has at most; a longer period is shown by month."""
@@ -215,7 +215,7 @@ def _jobs(subject: Subject) -> Html:
             duration(top.wall_ns),
             amount(top.cpu / _CORE_HOUR),
             f"{top.cpu / top.wall_ns:.2f}" if top.wall_ns else "",
-            "" if top.cores is None else f"{top.cores:g}",
+            "" if top.cores is None else few(top.cores),
             size(top.resident),
             "" if top.memory is None else size(top.memory),
             decimal(top.network, "B"),

@@ -14,6 +14,7 @@ import msgspec
 
 from acctd.meter import State
 from acctd.model import Limits
+from acctd.report.hints import needed, reserved
 from acctd.slices import midnight
 from acctd.usage import Usage, nanoseconds, parts
 
@@ -33,6 +34,7 @@ class Ended(Usage, frozen=True, kw_only=True):
     exit_signal: int | None = None
     limits: Limits = msgspec.field(default_factory=Limits)
     shortages: tuple[msgspec.Raw, ...] = ()
+    cpus: str = ""  # cores of its own
 
     @property
     def ending(self) -> str:
@@ -198,9 +200,9 @@ class Sums:
         if whole.memory_reserved:
             self.asked_resident += whole.memory
         asked = job.limits.memory
-        if asked and job.ending == "done" and (resident := job.one("memory_resident_peak")):
+        if asked and job.ending == "done" and (need := needed(job.totals)):
             self.asked_memory += 1
-            self.wasted_memory += resident + job.one("memory_kernel_peak") < _MEMORY_WASTED * asked
+            self.wasted_memory += need < _MEMORY_WASTED * asked
 
     def _rank(self, job: Ended, whole: Sum) -> None:
         top = Top(
@@ -209,7 +211,7 @@ class Sums:
             owner=job.owner,
             ending=job.ending,
             wall_ns=job.wall_ns,
-            cores=job.limits.cpus,
+            cores=reserved(job.limits, job.cpus),
             resident=job.one("memory_resident_peak"),
             memory=job.limits.memory,
             network=sum(whole.network.values()),

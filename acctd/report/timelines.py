@@ -12,12 +12,24 @@ from acctd.model import Record
 from acctd.points import Point, last_point
 from acctd.policies import Shortage
 from acctd.report import series
-from acctd.report.hints import count
+from acctd.report.hints import reserved
 from acctd.report.markup import Html, join
 from acctd.report.page import STYLES, Column, Section, figure, table
 from acctd.report.plot import Band, Level, Mark, Plot
 from acctd.report.series import Counters, Levels, Rates
-from acctd.report.units import bytes_scale, decimal, decimal_scale, duration, plain_scale, size, stamp, time_scale
+from acctd.report.units import (
+    bytes_scale,
+    decimal,
+    decimal_scale,
+    duration,
+    few,
+    in_cores,
+    operations,
+    plain_scale,
+    size,
+    stamp,
+    time_scale,
+)
 
 _CLASSES = STYLES - 1
 """Classes that a plot has apart; the others are one band."""
@@ -127,8 +139,8 @@ def _memory_said(record: Record, values: Mapping[str, Sequence[float]], limit: i
         said += f" The limit was {size(limit)}."
     if peak is not None:
         said += f" The kernel's own peak of all together was {size(peak)}."
-    if record.shortages:
-        said += f" Memory ran out {len(record.shortages) + record.shortages_dropped} times."
+    if number := len(record.shortages) + record.shortages_dropped:
+        said += f" Memory ran out {number} {'time' if number == 1 else 'times'}."
     return said
 
 
@@ -151,12 +163,12 @@ def _cpu(record: Record, points: Sequence[Point], final: Point) -> Section:
     drawn = series.rates(points, final, _CPU)
     cores = {name: [value / 1e9 for value in values] for name, values in drawn.values.items()}
     highest = max((sum(each) for each in _across(cores.values())), default=0.0)
-    asked = record.limits.cpus or (float(count(record.cpus)) if record.cpus else None)
+    asked = reserved(record.limits, record.cpus)
     scale = plain_scale(1.05 * max(highest, asked if asked is not None and asked <= _FAR * highest else 0.0), "cores")
     mean = (final.cpu_user + final.cpu_system) / max(record.wall_ns, 1)
-    said = f"CPU over {duration(record.wall_ns)}: {mean:.3g} cores on average, {highest:.3g} in the busiest step."
+    said = f"CPU over {duration(record.wall_ns)}: {in_cores(mean)} on average, {few(highest)} in the busiest step."
     if asked is not None:
-        said += f" {asked:g} cores were asked for."
+        said += f" Asked for: {in_cores(asked)}."
     plot = Plot(
         name="cpu-plot",
         title="CPU in cores",
@@ -166,10 +178,10 @@ def _cpu(record: Record, points: Sequence[Point], final: Point) -> Section:
         edges=drawn.edges,
         bands=[Band("user", cores["user"], 0), Band("system", cores["system"], 1)],
         stepped=True,
-        levels=[Level(f"asked for: {asked:g}", asked)] if asked is not None else [],
+        levels=[Level(f"asked for: {few(asked)}", asked)] if asked is not None else [],
         x_title=_since_start(record.wall_ns),
     )
-    data = _table(points, final, _CPU, "CPU over time, in cores", lambda value: f"{value / 1e9:.3g}")
+    data = _table(points, final, _CPU, "CPU over time, in cores", lambda value: few(value / 1e9))
     return Section("cpu", "CPU", figure(plot, said, data))
 
 
@@ -194,8 +206,9 @@ def _of_rule(rule: str) -> Callable[[Point], int]:
 
 def _block(points: Sequence[Point], final: Point) -> Section:
     said = (
-        f"Bytes per second from and to disks. In all: {decimal(final.block_read, 'B')} read in {final.block_reads:,} "
-        f"operations, {decimal(final.block_write, 'B')} written in {final.block_writes:,}."
+        f"Bytes per second from and to disks. In all: {decimal(final.block_read, 'B')} read in "
+        f"{operations(final.block_reads)}, {decimal(final.block_write, 'B')} written in "
+        f"{operations(final.block_writes)}."
     )
     return _per_second("disks", "Disks", said, points, final, _BLOCK, stacked=False)
 

@@ -4,6 +4,7 @@ Pure arithmetic. For plots only: nothing here is near money, so floats will do.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
@@ -112,16 +113,40 @@ def _said(number: float, base: float, units: Sequence[str]) -> str:
 
 def duration(ns: float) -> str:
     """A span of time in its two largest units: 5 ms, 3.2 s, 2 min 5 s, 3 h 20 min, 12 d 4 h."""
-    if ns < _SECOND:
-        return f"{ns / 1e6:.3g} ms" if ns >= 1e6 else f"{ns / 1e3:.3g} us"
     if ns < _MINUTE:
-        return f"{ns / 1e9:.3g} s"
+        factor, unit = next((f, u) for f, u in ((1e9, "s"), (1e6, "ms"), (1e3, "us")) if ns >= f or u == "us")
+        return f"{few(ns / factor, 0)} {unit}"
     for large, small, names in ((_DAY, _HOUR, "d h"), (_HOUR, _MINUTE, "h min"), (_MINUTE, _SECOND, "min s")):
         if ns >= large:
             first, second = names.split()
             whole, rest = divmod(int(ns) // small, large // small)
             return f"{whole} {first} {rest} {second}" if rest else f"{whole} {first}"
     raise AssertionError  # a minute and more is one of those
+
+
+def few(number: float, least: float = 0.01) -> str:
+    """A number in three digits or more, and never with an exponent; of one below `least` only that it is."""
+    if 0 < number < least:
+        return f"less than {least:g}"
+    places = 2 - math.floor(math.log10(number)) if number > 0 else 0
+    text = f"{number:,.{max(0, min(places, 12))}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def in_cores(number: float) -> str:
+    """So many of them: 1 core, 2.5 cores."""
+    text = few(number)
+    return f"{text} core" if text == "1" else f"{text} cores"
+
+
+def operations(number: int) -> str:
+    """So many of them: 1 operation."""
+    return f"{number:,} {'operation' if number == 1 else 'operations'}"
+
+
+def mebibytes(text: str) -> str:
+    """A sentence of a record's with HTCondor's MB, which are 2^20 bytes, as the rest of a page writes them."""
+    return re.sub(r"(?<=\d )([KM])B\b", r"\1iB", text)
 
 
 def amount(number: float) -> str:

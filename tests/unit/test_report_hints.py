@@ -6,7 +6,7 @@ import pytest
 
 from acctd.model import Limits
 from acctd.policies import OomLevel, Shortage
-from acctd.report.hints import Facts, Hint, advised, count, hints, too_short
+from acctd.report.hints import Facts, Hint, advised, hints, needed, reserved, too_short
 
 GIB, MIB = 1 << 30, 1 << 20
 SECOND = 10**9
@@ -87,11 +87,20 @@ def shortage(level: OomLevel, limit: int | None = 2 * GIB) -> Shortage:
 def test_out_of_memory_at_its_own_limit() -> None:
     found = said(Limits(memory=2 * GIB), shortages=(shortage("job"),), memory_resident_peak=GIB)
     assert text(found) == (
-        "problem: The job ran out of memory once at its limit of 2 GiB. Ask for 2.5 GiB next time, or make it need "
-        "less."
+        "problem: The job ran out of memory once at its limit of 2 GiB. How much more it needs is not known: try twice "
+        "as much, 4 GiB, next time, or make it need less."
     )
     found = said(shortages=(shortage("job"), shortage("job", None)), shortages_dropped=5)
     assert "7 times at its limit of 2 GiB" in text(found)
+
+
+def test_who_was_given_more_memory_and_ended_well_is_told_what_it_needed() -> None:
+    grown = Shortage(time=0.0, level="job", whose=None, action="grown", limit=2 * GIB, usage=2 * GIB)
+    used: dict[str, Any] = {"shortages": (grown,), "memory_resident_peak": 3 * GIB}
+    assert "Ask for 4 GiB next time." in text(said(Limits(memory=4 * GIB), **used))
+    others: tuple[dict[str, Any], ...] = ({"failed": True}, {"running": True}, {"shortages": (grown, shortage("job"))})
+    for unknown in others:
+        assert "is not known" in text(said(Limits(memory=4 * GIB), **(used | unknown)))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +162,7 @@ def test_waiting_for_disks() -> None:
 
 
 def test_waiting_for_a_cpu_is_not_told_twice() -> None:
-    stalled = {"cpu_stall": HOUR // 1000 // 2}
+    stalled: dict[str, Any] = {"cpu_stall": HOUR // 1000 // 2}
     assert "waited for a free CPU during 50 %" in text(said(**stalled))
     assert said(**stalled, cpu_throttled=HOUR // 2) == []
 
@@ -189,6 +198,24 @@ def test_the_worst_comes_first() -> None:
     assert [hint.level for hint in found] == ["problem", "advice", "note", "good"]
 
 
-@pytest.mark.parametrize(("cpus", "number"), [("0", 1), ("0-3", 4), ("0-3,8", 5), ("1,3,5-6", 4)])
-def test_counting_cpus(cpus: str, number: int) -> None:
-    assert count(cpus) == number
+def test_cores_asked_for_are_the_larger_of_quota_and_own_ones() -> None:
+    assert reserved(Limits(), "") is None
+    assert reserved(Limits(cpus=2.0), "0-3") == 4
+    assert reserved(Limits(cpus=2.5), "0,2") == 2.5
+    assert reserved(Limits(), "0-3,8") == 5
+
+
+def test_a_need_is_no_larger_than_all_that_the_kernel_saw() -> None:
+    peaks = {"memory_resident_peak": {"": 5}, "memory_kernel_peak": {"": 4}}
+    assert needed(peaks) == 9
+    assert needed(peaks | {"memory_peak": {"": 7}}) == 7, "the peaks were at different moments"
+    assert needed(peaks | {"memory_peak": {"": 0}}) == 9
+    assert needed({"memory_peak": {"": 7}}) is None
+
+
+def test_an_idle_job_is_told_in_plain_numbers() -> None:
+    (hint,) = said(Limits(cpus=2.0), cpu_user=HOUR // 20_000, cpu_system=0, cores_peak=0.0015)
+    assert hint.text == (
+        "It asked for 2 cores and used less than 0.01 on average (0 %), less than 0.01 in its busiest time. "
+        "Ask for 1 core next time."
+    )

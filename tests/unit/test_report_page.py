@@ -179,6 +179,24 @@ def test_memory_runs_out_while_a_job_lasts() -> None:
     assert Reader(text).of("h3") == ["Shortage 1, at the start", "Shortage 2, at the end"]
 
 
+def test_no_number_has_an_exponent_and_sizes_have_one_unit() -> None:
+    of = record(limits=Limits(memory=GIB, cpus=1.0))
+    small = {"cpu_user": {"": 5 * 10**8}, "cpu_system": {"": 0}, "cpu_reserved": {"": of.wall_ns}}
+    large = {"cpu_user": {"": 1234 * of.wall_ns}, "cpu_system": {"": 0}}
+    short = replace(
+        of.shortages[0], text="Job 4711.0 went over its memory limit of 100 MB (in use 100 MB: 99 MB heap)."
+    )
+    for totals in (small, large):
+        each = replace(of, totals=of.totals | totals, shortages=(short,), notes=("It went over 1 MB.",))
+        words = " ".join(
+            text for tag, text in Reader(job_page(subject(record=each, bill=None))).texts if tag != "style"
+        )
+        assert re.findall(r"\b\d[\d.]*e[-+]\d+", words) == []
+        assert "Asked for: 1 core." in words
+        assert "limit of 100 MiB (in use 100 MiB: 99 MiB heap)" in words
+        assert "It went over 1 MiB." in words
+
+
 def test_why_there_are_no_plots_is_told() -> None:
     assert "Samples are root" in job_page(subject(points=[], why_no_points="Samples are root's."))
 
@@ -235,6 +253,14 @@ def ended(number: int, **changes: Any) -> Ended:
         "stacked": ("253:0",),
     }  # fmt: skip
     return decode(msgspec.json.encode(known | changes))
+
+
+def test_of_many_jobs_cores_and_needs_are_reckoned_as_of_one() -> None:
+    own = ended(1, cpus="0-3", limits=Limits(cpus=2.0))
+    peaks = {name: {"": 600 << 20} for name in ("memory_resident_peak", "memory_kernel_peak")}
+    sums = summed([own, ended(2, totals=peaks | {"memory_peak": {"": 500 << 20}})])
+    assert {top.id: top.cores for top in sums.top()} == {"j1": 4.0, "j2": 2.0}
+    assert (sums.asked_memory, sums.wasted_memory) == (1, 1)
 
 
 def summed(jobs: list[Ended], since: float = 0.0, until: float = 30 * DAY, zone: ZoneInfo = UTC) -> Sums:
