@@ -1,25 +1,29 @@
 """`acctd report JOB|--user NAME|--node --html FILE`: one page for a browser and for paper, which needs nothing else."""
 
+import os
 import time
 from zoneinfo import ZoneInfo
 
 import click
+from msgspec.structs import replace
 
 from acctd.bill import Bill, Selection, Tally
 from acctd.cli import billforms, billtime
 from acctd.cli.asking import agent_options, complete_job, where
 from acctd.cli.bill import load_config, load_tariff, of_this_node
 from acctd.cli.billforms import Sheet
-from acctd.cli.output import Output
+from acctd.cli.output import Output, say
 from acctd.cli.progress import progress
 from acctd.cli.reportdata import Source, source
-from acctd.errors import UsageError
+from acctd.config import Config
+from acctd.errors import NotFoundError, NotPermittedError, UsageError
 from acctd.report import job as of_job
 from acctd.report import period as of_period
 from acctd.report.markup import Html
 from acctd.report.sums import Sums
 from acctd.sources.crew import Reader
 from acctd.sources.looked import Key
+from acctd.tariff import Tariff
 from acctd.usage import nanoseconds
 
 
@@ -57,15 +61,14 @@ def command(
         raise UsageError("--since and --until are for --user and --node; the report of a job is about all of its time")
     config = load_config(config_path)
     socket = where(socket_path, config_path)
-    priced = tariff_path is not None or config.tariff.exists()
-    prices = load_tariff(tariff_path, config) if priced else None
+    prices = _prices(tariff_path, config)
     zone = prices.zone if prices is not None else ZoneInfo("UTC")
     now = time.time()
     begin, end = billtime.period(since, until, zone, now)
     data = source(config, socket)
     record = data.job(job) if job is not None else None
-    # Before the long work: a bad path costs none of it.
-    target = Output("--html", html_path)
+    # Before the long work: a bad path costs none of it. Root's has what the ledger has, and nobody else may read that.
+    target = Output("--html", html_path, private=os.geteuid() == 0)
 
     def bill(since: float, until: float, select: Selection) -> tuple[Bill | None, str]:
         """And what it rests on."""
@@ -81,7 +84,7 @@ def command(
         reader = gathered.reader
         sheet = Sheet(reader.tally.bill(), {}, gathered.kind, gathered.places, reader.looked, gathered.own, now)
         header = dict(billforms.facts(sheet))
-        return sheet.bill, "; ".join(
+        return replace(sheet.bill, notes=tuple(sheet.notes)), "; ".join(
             f"{name}: {header[name]}" for name in ("records", "first", "last") if name in header
         )
 
@@ -95,6 +98,20 @@ def command(
     else:
         page = _period(data, user, begin, end, zone, bill(begin, end, Selection(user=user)))
     target.write(page)
+
+
+def _prices(path: str | None, config: Config) -> Tariff | None:
+    """None where there is no tariff, or where the usual one is none of this user's business, which is said."""
+    try:
+        return load_tariff(path, config)
+    except NotFoundError:
+        if path is not None:
+            raise
+    except NotPermittedError as e:
+        if path is not None:
+            raise
+        say(f"acctd: {e}; the report has no prices")
+    return None
 
 
 def _period(

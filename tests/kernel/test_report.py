@@ -1,18 +1,23 @@
 """`acctd report` on a node: jobs that ran, one that runs, by root and by others."""
 
 import json
+import os
 import re
+import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import acctd.cli.report  # noqa: F401  # what an ordinary user cannot load is loaded before
-from acctd import varlink
+from acctd import tariff, varlink
+from acctd.cli.output import Output
+from acctd.errors import NotPermittedError
 from tests.kernel.conftest import Node
 from tests.kernel.served import Served
-from tests.kernel.test_admin import as_nobody, let_in
+from tests.kernel.test_admin import NOBODY, as_nobody, let_in
 from tests.unit.test_report_page import Reader
 
 TARIFF = """
@@ -69,16 +74,16 @@ def report(node: Node, *arguments: str) -> str:
 def test_a_job_that_ran_for_some_readings(node: Node) -> None:
     node.config.write_text(f"poll_interval = 0.2\n{node.config.read_text()}")
     record = node.job("--id", "busy", "--memory", "1G", "--network", "none", "--", "python3", "-c", BUSY)
-    tariff = node.directory / "tariff.toml"
-    tariff.write_text(TARIFF)
-    text = report(node, "busy", "--tariff", str(tariff))
+    prices = node.directory / "tariff.toml"
+    prices.write_text(TARIFF)
+    text = report(node, "busy", "--tariff", str(prices))
     shown = Reader(text)
     assert {"Memory by kind", "CPU in cores"} <= set(shown.of("title"))
     assert f"{record['totals']['cpu_user']['']:,} ns" in text
     amounts = [float(text) for text in shown.of("td") if re.fullmatch(r"\d+\.\d\d", text)]
     used = sum(record["totals"][name][""] for name in ("cpu_user", "cpu_system"))
     assert round(used / 3.6e12 * 1000, 2) in amounts
-    assert "busy" in report(node, "--node", "--tariff", str(tariff))
+    assert "busy" in report(node, "--node", "--tariff", str(prices))
     assert "1: 1 ended well" in report(node, "--user", "root")
 
 
@@ -133,7 +138,7 @@ def test_a_living_job_and_an_ordinary_user(served: Served, sleeper: Callable[[],
     while served.ok("Usage", job="mine")["job"]["wall_ns"] < 1e9:  # five readings
         assert time.monotonic() < deadline
     served.ok("Finish", job="mine", exit_code=0)
-    while "Memory by kind" not in (page := asked("mine")[1]):
+    while "CPU in cores" not in (page := asked("mine")[1]):
         assert time.monotonic() < deadline, "samples of a job that has ended are kept"
     assert "done, exit 0" in page
     assert len(nobody_calls(served, "Samples", job="mine", started=began["mine"])["parameters"]["samples"]) >= 2
@@ -146,6 +151,76 @@ def test_a_living_job_and_an_ordinary_user(served: Served, sleeper: Callable[[],
         code, page, complaint = asked(*others)
         assert (code, page, complaint.count("\n")) == (77, "", 1)
         assert "root" in complaint
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:  # pytest's directories are root's alone
+        own = Path(made, "own")
+        own.mkdir()
+        os.chown(own, NOBODY.pw_uid, NOBODY.pw_gid)
+        Path(made).chmod(0o711)
+        code, _, _ = as_nobody("report", "--node", "--html", str(own / "page.html"), **environ)
+        assert (code, list(own.iterdir())) == (77, []), "who is refused leaves no empty file"
+
+        closed = Path(made, "closed")
+        closed.mkdir(mode=0o700)
+        (closed / "tariff.toml").write_text(TARIFF)
+        Path(made, "acctd.toml").write_text(f'[bill]\ntariff = "{closed}/tariff.toml"\n')
+        code, page, complaint = asked("mine", "--config", f"{made}/acctd.toml")
+        assert (code, "The bill" in page) == (0, False)
+        assert complaint.count("\n") == 1
+        assert "may not be read by this user" in complaint
+        Path(made, "tariff.toml").write_text(TARIFF)
+        tariff.load(f"{made}/tariff.toml")  # with whatever that loads: the child may not
+        code, page, complaint = asked("mine", "--tariff", f"{made}/tariff.toml")
+        assert complaint == ""
+        assert (code, "only your own jobs are seen" in page) == (0, True), "its tiers are of own jobs alone"
+
+
+def test_files_that_only_their_own_inode_may_be_written_of(node: Node) -> None:
+    """In a directory that its writer may not change, and where something is mounted on the file."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:
+        Path(made).chmod(0o755)
+        given = Path(made, "given.html")
+        given.write_text("x" * 10_000)
+        os.chown(given, NOBODY.pw_uid, NOBODY.pw_gid)
+        shared = Path(made, "shared")
+        shared.mkdir()
+        shared.chmod(0o1777)
+        (shared / "roots.html").write_text("root's")
+        (shared / "roots.html").chmod(0o666)
+        pid = os.fork()
+        if pid == 0:
+            code = 99
+            try:
+                os.setgroups([])
+                os.setresgid(NOBODY.pw_gid, NOBODY.pw_gid, NOBODY.pw_gid)
+                os.setresuid(NOBODY.pw_uid, NOBODY.pw_uid, NOBODY.pw_uid)
+                Output("--html", str(given)).write("in place")
+                try:
+                    Output("--html", str(shared / "roots.html"))
+                except NotPermittedError:
+                    code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert given.read_text() == "in place"
+        assert (shared / "roots.html").read_text() == "root's"
+
+        node.job("--id", "there", "--network", "none", "--", "true")
+        below, above = Path(made, "below.html"), Path(made, "above.html")
+        below.write_text("x" * 1_000_000)
+        above.write_text("")
+        subprocess.run(["mount", "--bind", str(below), str(above)], check=True, timeout=60)
+        try:
+            done = node.acctd("report", "there", "--html", str(above))
+        finally:
+            subprocess.run(["umount", str(above)], check=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert below.read_text().endswith("</html>\n")
+        assert sorted(path.name for path in Path(made).iterdir()) == [
+            "above.html",
+            "below.html",
+            "given.html",
+            "shared",
+        ]
 
 
 def test_the_file_is_the_readers_own(node: Node, tmp_path: Path) -> None:
@@ -155,3 +230,6 @@ def test_the_file_is_the_readers_own(node: Node, tmp_path: Path) -> None:
     done = node.acctd("report", "there", "--html", str(target))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert target.read_text().endswith("</html>\n")
+    new = tmp_path / "new.html"
+    assert node.acctd("report", "--node", "--html", str(new)).returncode == 0
+    assert stat.S_IMODE(new.stat().st_mode) == 0o600, "what the ledger has, others may not read"
