@@ -110,9 +110,8 @@ class Daemon:
                 self.agent.read_one(job)
         self.shortages.close()
         self.books.store(self.jobs.values())
-        for job in self.jobs.values():
-            job.close()
-        self.jobs.clear()
+        while self.jobs:
+            self.jobs.popitem()[1].close()
         self._outlet.close()
 
     def reconfigure(self, config: Config) -> None:
@@ -226,6 +225,9 @@ class Daemon:
                 self.books.write(lambda: self.agent.ledger.made(job.row.seq))
             raise
         self._watch_member(job)
+        for outer in (each for each in family.above(self.agent.held, job) if each.row.terms.ended_ns is not None):
+            self._set_terms(outer, replace(outer.row.terms, member=member, ended_ns=None))  # it goes on with this one
+            self._watch_member(outer)
         if first:
             self.agent.take(job, NfsReader)
             self.news.tell(job, "began", f"pid {pid}")
@@ -268,10 +270,8 @@ class Daemon:
 
     def network_of(self, job: Job) -> Job | None:
         """The job whose network a job's processes are in: itself, or the nearest above that has one of its own."""
-        place: Job | None = job
-        while place is not None and place.spec.network == "parent":
-            place = self.agent.held.get(place.row.parent) if place.row.parent is not None else None
-        return place
+        around = (job, *family.above(self.agent.held, job))
+        return next((place for place in around if place.spec.network != "parent"), None)
 
     def move_pipe(self, job: Job, pid: int, uid: int) -> None:
         """Lead the job's pipe into a process's network namespace. Raises UsageError where it is too late for that."""
@@ -390,7 +390,7 @@ class Daemon:
     def _member_ended(self, job: Job) -> None:
         if self.jobs.get(job.spec.id) is not job:
             return
-        if living := job.cgroups.living():
+        if living := family.living(self.jobs, job):
             job.row = replace(job.row, terms=replace(job.row.terms, member=procs.identity(min(living))))
             self._watch_member(job)
         else:

@@ -28,6 +28,21 @@ def below(jobs: Mapping[str, Job] | Mapping[int, Job], job: Job) -> list[Job]:
     return found[::-1]
 
 
+def above(held: Mapping[int, Job], job: Job) -> list[Job]:
+    """The jobs that a family lies inside of, the nearest first."""
+    found: list[Job] = []
+    while job.row.parent is not None and job.row.parent in held:
+        job = held[job.row.parent]
+        found.append(job)
+    return found
+
+
+def living(jobs: Mapping[str, Job], job: Job) -> set[int]:
+    """The job's processes; where it has none, those of the families inside it, with which it goes on."""
+    found = job.cgroups.living()
+    return found or {pid for inner in below(jobs, job) for pid in inner.cgroups.living()}
+
+
 def totals(job: Job, families: Iterable[Job]) -> State:
     """A job's totals with those of the families below it, living and ended."""
     inside = [job.families]

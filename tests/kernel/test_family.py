@@ -48,6 +48,11 @@ def give(size: int) -> str:
     return f"{sys.executable} {REPO}/lab/traffic.py give {WAN} {PORT} {size} --udp"
 
 
+def ended(served: Served, job: str) -> bool:
+    """Whether the agent has seen the end of its last process."""
+    return any(event["event"] == "ended" for event in served.ok("Events", job=job)["events"])
+
+
 def cpu(job: dict[str, dict[str, dict[str, int]]]) -> int:
     return job["totals"]["cpu_user"][""] + job["totals"]["cpu_system"][""]
 
@@ -284,3 +289,33 @@ def test_a_parent_goes_on_with_a_family_that_waits(
     served.ok("Attach", job="kid", pid=sleeper().pid)
     served.ok("Kill", job="par")
     assert served.ok("Finish", job="kid")["record"]["parent"] == "par"
+
+
+def test_a_parent_lasts_as_long_as_what_is_inside_it(
+    served: Served, sleeper: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    """Its own process ends at once: what a bill asks for its cores and its time is for all that ran in it."""
+    pilot, payload = sleeper(), sleeper()
+    served.ok("Create", job="pilot", network="none", limits={"cpus": 1})
+    served.ok("Create", job="early", parent="pilot")
+    served.ok("Attach", job="pilot", pid=pilot.pid)
+    served.ok("Attach", job="early", pid=payload.pid)
+    pilot.kill()
+    pilot.wait()
+    served.ok("Snapshot")
+    before = ended(served, "pilot")
+    payload.kill()
+    payload.wait()
+    deadline = time.monotonic() + 30
+    while not ended(served, "pilot"):
+        assert time.monotonic() < deadline
+    assert not before
+    later = sleeper()
+    served.ok("Create", job="late", parent="pilot")
+    served.ok("Attach", job="late", pid=later.pid)
+    time.sleep(0.3)
+    inside = served.ok("Finish", job="late", exit_code=0)["record"]
+    record = served.ok("Finish", job="pilot", exit_code=0)["record"]
+    assert record["wall_ns"] > inside["wall_ns"] > 3 * 10**8
+    assert record["started"] + record["wall_ns"] / 1e9 >= inside["started"] + inside["wall_ns"] / 1e9 - 0.001
+    assert record["totals"]["cpu_reserved"][""] == record["wall_ns"]
