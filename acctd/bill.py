@@ -90,7 +90,6 @@ class Tally:
         self._tags = {key.lower(): value for key, value in self._select.tags.items()}
         self._all = self._select == Selection()
         self._class_at = group_by.index("class") if "class" in group_by else None
-        self._plain = tuple(word for word in group_by if word != "class")
         self._calendar = Calendar(
             tariff, None if since is None else nanoseconds(since), nanoseconds(until), days="day" in group_by
         )
@@ -141,11 +140,14 @@ class Tally:
         else:
             self._spread(usage, who, begin, end, living=living)
 
-    def add_sum(self, usage: Usage, *, jobs: int, living: bool = False) -> None:
+    def add_sum(
+        self, usage: Usage, *, jobs: int, having: Mapping[str, int] | None = None, living: bool = False
+    ) -> None:
         """A sum that a database made, as a Usage: of `jobs` records of one payer, owner and group, without families.
 
         All of them must lie whole in one slice (see slices()); `started` is any instant in it, wall_ns and totals are
         sums, without stacked devices. `id`, `node` and tags matter only where they are selected or grouped by.
+        `having`: how many of the records have each metric; all have those of the totals where it is left out.
         """
         at = nanoseconds(usage.started)
         first = self._calendar.first
@@ -154,7 +156,8 @@ class Tally:
         who = payer(usage)
         if self._select.account is None or who == self._select.account:
             slice_ = self._calendar.at(at)
-            self._count(usage, who, slice_, usage.totals, wall=usage.wall_ns, jobs=jobs, records=jobs, living=living)
+            of = {"wall": usage.wall_ns, "jobs": jobs, "records": jobs}
+            self._count(usage, who, slice_, usage.totals, **of, living=living, having=having)
 
     def _spread(self, usage: Usage, who: str, begin: int, end: int, *, living: bool) -> None:
         """A job that is in several slices."""
@@ -172,7 +175,17 @@ class Tally:
                     records = 0
 
     def _count(
-        self, usage: Usage, who: str, slice_: Slice, totals: State, *, wall: int, jobs: int, records: int, living: bool
+        self,
+        usage: Usage,
+        who: str,
+        slice_: Slice,
+        totals: State,
+        *,
+        wall: int,
+        jobs: int,
+        records: int,
+        living: bool,
+        having: Mapping[str, int] | None = None,
     ) -> None:
         """Add what was used inside one slice. `records`: how many this is the first of that is shown."""
         part = slice_.part
@@ -206,8 +219,9 @@ class Tally:
             counts[column] += jobs
         if records and group is not None:
             for column, name in plan.telling:
-                if name not in totals:
-                    self._absent[column] += records
+                there = records if having is None and name in totals else (having or _NOTHING).get(name, 0)
+                if there < records:
+                    self._absent[column] += records - there
         if living:
             self._living_keys.add(key)
             if group is not None:

@@ -71,7 +71,9 @@ class _Collector:
             raise UnavailableError(f"{self._database.name} has no acctd_record; see db and rp in --from")
         slices = [tuple(map(nanoseconds, ends)) for ends in self._tally.slices(self._since, self._question.until)]
         first, last = slices[0][0], slices[-1][1]
-        everything = [_OUTERMOST, f"{_END} >= {first}", f"started_ns < {last}"]
+        everything = [f"{_END} >= {first}", f"started_ns < {last}"]
+        if self._question.select.job is None:  # a family is billed with its parent, but may be asked for
+            everything.append(_OUTERMOST)
         for row in self._select("count(wall_ns) AS records", everything, ["host"]):
             self._looked.nodes.add(row["host"])
             self._looked.records += row["records"]
@@ -89,19 +91,31 @@ class _Collector:
         names = ["wall_ns", *self._fields]
         columns = ", ".join(
             ["count(wall_ns) AS records"]
-            + [f"sum({identifier(name)}) AS sum{n}, max({identifier(name)}) AS max{n}" for n, name in enumerate(names)]
+            + [
+                f"sum({name}) AS sum{n}, max({name}) AS max{n}, count({name}) AS count{n}"
+                for n, name in enumerate(map(identifier, names))
+            ]
         )
         groups = ["owner", "payer", *(["host"] if "node" in self._question.group_by else [])]
+        networks = {NETWORK_BYTES.name, NETWORK_PACKETS.name}  # several fields each
+        known: dict[str, dict[tuple[str, ...], int]] = {}
         for row in list(self._select(columns, conditions, groups)):
             # The database's own sum goes round at 2^63, and says nothing.
             most = row["records"] * max(row[f"max{n}"] or 0 for n in range(len(names)))
+            of_row = [*conditions, *(f"{identifier(name)} = {quoted(row[name])}" for name in groups)]
             if most > INT64_MAX or not row["payer"]:  # without it: written by an acctd that did not know of bills
-                self._fetch([*conditions, *(f"{identifier(name)} = {quoted(row[name])}" for name in groups)])
+                self._fetch(of_row)
                 continue
             totals: State = {}
+            having: dict[str, int] = {}
             for n, (metric, label) in enumerate(self._fields.values(), 1):
                 if (value := row[f"sum{n}"]) is not None:
                     totals.setdefault(metric, {})[label] = value
+                    having[metric] = max(having.get(metric, 0), row[f"count{n}"])
+            for metric in (name for name, count in having.items() if name in networks and count < row["records"]):
+                if metric not in known:
+                    known[metric] = self._having(metric, conditions, groups)
+                having[metric] = known[metric][tuple(row[name] for name in groups)]
             usage = Usage(
                 id="",
                 owner=row["owner"],
@@ -111,8 +125,15 @@ class _Collector:
                 totals=totals,
                 tags={"account": row["payer"]},
             )
-            self._tally.add_sum(usage, jobs=row["records"])
+            self._tally.add_sum(usage, jobs=row["records"], having=having)
             self._progress(row["records"], 0)
+
+    def _having(self, metric: str, conditions: Sequence[str], groups: Sequence[str]) -> dict[tuple[str, ...], int]:
+        """By group, how many records have any field of a metric: not all jobs have the same classes of network."""
+        fields = [identifier(field) for field, (name, _) in self._fields.items() if name == metric]
+        either = " OR ".join(f"{field} >= 0" for field in fields)
+        rows = self._select("count(wall_ns) AS records", [*conditions, f"({either})"], groups)
+        return {tuple(row[name] for name in groups): row["records"] for row in rows}
 
     def _fetch(self, conditions: Sequence[str]) -> None:
         """Records one by one."""
@@ -142,6 +163,7 @@ class _Collector:
                 totals={**totals, **parts.totals},
                 tags=_tags(row.get("tags")),
                 midnights=parts.midnights,
+                parent=None if row["parent"] == NONE else row["parent"],
             )
         except _NO_POINT as e:
             raise UnavailableError(

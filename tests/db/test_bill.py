@@ -192,6 +192,31 @@ def test_the_same_bill_from_ledger_files_and_database(site: Site, arguments: tup
     assert database["records"] == ledger["records"]
     assert files["source"]["digest"] == ledger["source"]["digest"]
     assert database["source"]["nodes"] == ledger["source"]["nodes"] == 2
+    absent = [[note for note in each["notes"] if "without it" in note] for each in (ledger, files, database)]
+    assert absent[0] == absent[1] == absent[2]
+
+
+def test_what_records_are_without_is_told_the_same(influx1: Influx1, tmp_path: Path) -> None:
+    site, rng = Site(tmp_path, influx1), random.Random(11)
+    whole = replace(record(3, rng), started=NOVEMBER + DAY, wall_ns=10**12, owner="ada", tags={}, midnights=())
+    networks: list[dict[str, int]] = [{"OutgoingExternal": 7}, {"IncomingInternal": 9}, {}]
+    site.add(
+        [
+            replace(whole, id=f"{number}", totals={"cpu_user": {"": 5}, **({"network": each} if each else {})})
+            for number, each in enumerate([*networks, *networks])
+        ]
+    )
+    ledger, files, database = site.three("--since", "2026-11", "--until", "2026-12", "--group-by", "user")
+    assert any("'Egress': 2 records" in note for note in ledger["notes"])
+    assert database["notes"] == files["notes"] == ledger["notes"]
+    assert database["lines"] == ledger["lines"]
+
+
+def test_a_family_that_is_asked_for_is_in_the_database_too(site: Site) -> None:
+    ledger, files, database = site.three("--since", "2026-10", "--until", "2027-01", "--job", "16.0")
+    assert ledger["lines"] and any("inside job 1.0" in note for note in ledger["notes"])
+    assert database["lines"] == files["lines"] == ledger["lines"]
+    assert database["notes"] == ledger["notes"]
 
 
 def test_sums_that_go_round_in_the_database(influx1: Influx1, tmp_path: Path) -> None:
