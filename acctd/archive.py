@@ -148,10 +148,9 @@ def take_out(ledger: Ledger, months: Iterable[Month], directory: Path, upto: int
 def spooled(config: ExportConfig, ledger: Ledger) -> int | None:
     """The last record that the spool for exporters has: later ones are only in the ledger. None where none is needed.
 
-    0 where export has not begun: which record it begins with, the agent decides. Raises AcctdError where the spool
-    cannot be read.
+    A spool that is not begun will begin with what is signed then. Raises AcctdError where the spool cannot be read.
     """
-    if not config.active:
+    if not config.active or not spool.segments(config.spool_dir / RECORDS):
         return None
     try:
         for text in spool.backwards(config.spool_dir / RECORDS):
