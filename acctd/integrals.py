@@ -127,3 +127,9 @@ def cores(limits: Limits, cpus: str) -> int | None:
     """What a job has reserved of CPUs, in 10^-18: its quota, or those it has for itself where they are more."""
     quota = int(Fraction(repr(limits.cpus)) * _PARTS) if limits.cpus is not None else 0
     return max(quota, len(parse_list(cpus)) * _PARTS) or None
+
+
+def cores_asked(limits: Limits, cpus: str) -> float | None:
+    """The same in cores: what a job asked for, wherever that is shown, judged or sent."""
+    parts = cores(limits, cpus)
+    return parts / _PARTS if parts is not None else None

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from acctd.cgroup.cpus import parse_list
 from acctd.errors import AcctdError
 from acctd.frames import tag
+from acctd.integrals import cores_asked
 from acctd.metrics import CPU_SYSTEM, CPU_USER, MEMORY_PEAK, MEMORY_RESIDENT_PEAK, MEMORY_SWAP_PEAK
 from acctd.model import Record
 
@@ -106,7 +106,6 @@ def _total(record: Record, metric: str) -> int | None:
 
 
 def _cores(record: Record) -> int | None:
-    """The larger of the quota and the cores of its own, as they are reserved."""
-    own = len(parse_list(record.cpus)) if record.cpus else 0
-    quota = math.ceil(record.limits.cpus) if record.limits.cpus is not None else 0
-    return max(own, quota) or None
+    """Whole ones: neither format has parts."""
+    asked = cores_asked(record.limits, record.cpus)
+    return math.ceil(asked) if asked is not None else None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from acctd.cgroup.cpus import parse_list
+from acctd.integrals import cores_asked
 from acctd.meter import State
 from acctd.model import Limits
 from acctd.policies import Shortage
@@ -62,7 +62,7 @@ class Facts:
         """Cores that it asked for; over its whole time, where that changed."""
         if (held := self.one("cpu_reserved")) and self.wall_ns:
             return held / self.wall_ns
-        return reserved(self.limits, self.exclusive)
+        return cores_asked(self.limits, self.exclusive)
 
     @property
     def cores_used(self) -> float | None:
@@ -81,11 +81,6 @@ class Facts:
         """Of the job's time, what a counter of time has."""
         value = self.one(name)
         return value * (10**9 // per_second) / self.wall_ns if value and self.wall_ns else 0.0
-
-
-def reserved(limits: Limits, exclusive: str) -> float | None:
-    """Cores asked for, as they are billed: the quota, or those that the job has for itself where they are more."""
-    return max(limits.cpus or 0.0, float(len(parse_list(exclusive)))) or None
 
 
 def needed(totals: State) -> int | None:

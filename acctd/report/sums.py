@@ -12,9 +12,10 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 
+from acctd.integrals import cores_asked
 from acctd.meter import State
 from acctd.model import Limits
-from acctd.report.hints import needed, reserved
+from acctd.report.hints import needed
 from acctd.slices import midnight
 from acctd.usage import Usage, nanoseconds, parts
 
@@ -211,7 +212,7 @@ class Sums:
             owner=job.owner,
             ending=job.ending,
             wall_ns=job.wall_ns,
-            cores=reserved(job.limits, job.cpus),
+            cores=cores_asked(job.limits, job.cpus),
             resident=job.one("memory_resident_peak"),
             memory=job.limits.memory,
             network=sum(whole.network.values()),

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import tzinfo
 
+from acctd.integrals import cores_asked
 from acctd.metrics import split_rule
 from acctd.model import Record
 from acctd.points import Point, last_point
 from acctd.policies import Shortage
 from acctd.report import series
-from acctd.report.hints import reserved
 from acctd.report.markup import Html, join
 from acctd.report.page import STYLES, Column, Section, figure, table
 from acctd.report.plot import Band, Level, Mark, Plot
@@ -163,7 +163,7 @@ def _cpu(record: Record, points: Sequence[Point], final: Point) -> Section:
     drawn = series.rates(points, final, _CPU)
     cores = {name: [value / 1e9 for value in values] for name, values in drawn.values.items()}
     highest = max((sum(each) for each in _across(cores.values())), default=0.0)
-    asked = reserved(record.limits, record.cpus)
+    asked = cores_asked(record.limits, record.cpus)
     scale = plain_scale(1.05 * max(highest, asked if asked is not None and asked <= _FAR * highest else 0.0), "cores")
     mean = (final.cpu_user + final.cpu_system) / max(record.wall_ns, 1)
     said = f"CPU over {duration(record.wall_ns)}: {in_cores(mean)} on average, {few(highest)} in the busiest step."

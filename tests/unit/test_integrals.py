@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from acctd.integrals import Integral, Integrals, Sums
+from acctd.integrals import Integral, Integrals, Sums, cores_asked
 from acctd.metrics import CPU_RESERVED, MEMORY_RESERVED_TIME, MEMORY_RESIDENT_TIME
 from acctd.model import INT64_MAX, MEMORY_MIN, Limits
 
@@ -90,6 +90,12 @@ def test_a_total_never_goes_back_when_it_is_looked_at_before() -> None:
 def test_cores_are_the_quota_or_those_for_itself(limits: Limits, cpus: str, cores: Fraction | None) -> None:
     found = shown(Integrals(BEGIN, limits, cpus, Sums(), None), BEGIN + 1000)
     assert found == ({} if cores is None else {CPU: cores * 1000})
+    assert cores_asked(limits, cpus) == cores
+
+
+@pytest.mark.parametrize("quota", [0.01, 0.1, 1 / 3, 2.675, 1e5 / 7])
+def test_cores_asked_for_are_said_as_they_were_given(quota: float) -> None:
+    assert cores_asked(Limits(cpus=quota), "") == quota
 
 
 @pytest.mark.parametrize("policy", ["hard", "soft", "custom", "none"])

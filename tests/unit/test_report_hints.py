@@ -6,7 +6,7 @@ import pytest
 
 from acctd.model import Limits
 from acctd.policies import OomLevel, Shortage
-from acctd.report.hints import Facts, Hint, advised, hints, needed, reserved, too_short
+from acctd.report.hints import Facts, Hint, advised, hints, needed, too_short
 
 GIB, MIB = 1 << 30, 1 << 20
 SECOND = 10**9
@@ -196,13 +196,6 @@ def test_the_worst_comes_first() -> None:
         pids_refused=1,
     )
     assert [hint.level for hint in found] == ["problem", "advice", "note", "good"]
-
-
-def test_cores_asked_for_are_the_larger_of_quota_and_own_ones() -> None:
-    assert reserved(Limits(), "") is None
-    assert reserved(Limits(cpus=2.0), "0-3") == 4
-    assert reserved(Limits(cpus=2.5), "0,2") == 2.5
-    assert reserved(Limits(), "0-3,8") == 5
 
 
 def test_a_need_is_no_larger_than_all_that_the_kernel_saw() -> None:
