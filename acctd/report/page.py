@@ -75,7 +75,14 @@ def table(
     *,
     foot: Sequence[Sequence[Child]] = (),
 ) -> Html:
-    """A table, whose first column names each row. Wider ones can be scrolled, by keyboard too."""
+    """A table, whose first column names each row. Wider ones can be scrolled, by keyboard too.
+
+    Columns in which there is nothing are left out.
+    """
+    lines = [*rows, *foot]
+    used = [n for n in range(len(columns)) if not n or not lines or any(row[n] not in (None, "") for row in lines)]
+    columns = [columns[n] for n in used]
+    rows, foot = ([[row[n] for n in used] for row in part] for part in (rows, foot))
     heads = [tag("th", column.title, scope="col", class_=column.kind) for column in columns]
     made = tag(
         "table",

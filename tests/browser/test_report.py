@@ -91,10 +91,13 @@ def test_colours_and_patterns_are_there(show: Show) -> None:
     shown = show(a_job())
     fills = shown.run("() => [...document.querySelectorAll('.drawing path')].map(p => getComputedStyle(p).fill)")
     assert {fill for fill in fills if fill != "none"} == {f'url("#p{n}")' for n in (0, 1, 2, 5)}
-    swatch = shown.page.locator("#memory .swatch").last.screenshot()
-    blank = shown.page.locator("h2").last.screenshot()
-    assert swatch
-    assert swatch != blank
+    swatch = shown.page.locator("#memory .swatch").first  # of page cache
+    with_lines = swatch.screenshot()
+    shown.run("() => document.querySelectorAll('#p5 path').forEach(line => line.remove())")
+    without = swatch.screenshot()
+    assert with_lines != without
+    shown.run("() => document.querySelector('#p5').remove()")
+    assert swatch.screenshot() != without, "and a colour"
     used = shown.run("() => [0, 1, 2, 3, 4, 5].map(n => getComputedStyle(document.querySelector(`#p${n} rect`)).fill)")
     assert len(set(used)) == 6
 

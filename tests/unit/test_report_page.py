@@ -66,6 +66,15 @@ def test_text_is_escaped_and_markup_is_not() -> None:
     assert isinstance(join("x"), Html)
 
 
+def test_a_column_in_which_there_is_nothing_is_left_out() -> None:
+    columns = [page.Column(name) for name in ("What", "Share", "Tier", "Amount")]
+    shown = Reader(page.table("T", columns, [["a", None, "", "1"], ["b", None, "x", "2"]], foot=[["", "", "", "3"]]))
+    assert [text for element, text in shown.texts if element in ("th", "td")] == [
+        *("What", "Tier", "Amount", "a", "1", "b", "x", "2", "3")
+    ]
+    assert shown.tags["td"] == 6
+
+
 def test_a_jobs_words_are_words() -> None:
     harmful = record(
         id="a.b", owner=HARM, node=HARM, tags={"Project": HARM, "account": HARM}, notes=(HARM,), exit_code=3,
