@@ -26,7 +26,8 @@ _WAITING, _ENDS_WAITING = 60, 10_000  # points of a job, and ends of jobs, that 
 def kept(path: Path, job: str, started: float) -> list[Point]:
     """The kept points of a job, by its id and the start in its record (`created` in its row while it lives), in order.
 
-    None where there is no such job, or no such file. Raises LedgerError for a file that cannot be read.
+    None where there is no such job, or no such file. Raises LedgerError, ConfigError, NotPermittedError for a file that
+    cannot be read.
     """
     with reading(path) as samples:
         seq = samples.find(job, started) if samples is not None else None
@@ -35,7 +36,9 @@ def kept(path: Path, job: str, started: float) -> list[Point]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[SampleFile | None]:
-    """The file, to look at; None where there is none. Raises LedgerError, ConfigError for another acctd's."""
+    """The file, to look at; None where there is none. Raises LedgerError, NotPermittedError, ConfigError for another
+    acctd's.
+    """
     if not path.exists():
         yield None
         return
@@ -171,6 +174,7 @@ class History:
             self._file.close()
             self._known.clear()
             self._file = self._opened()
+            self.told.append(f"samples {self.path} were taken away or emptied by somebody, and are begun anew")
         try:
             act(self._file)
         except LedgerError as e:

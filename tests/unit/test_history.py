@@ -322,6 +322,9 @@ def test_a_file_that_is_taken_away_is_begun_anew(history: History, path: Path) -
         Path(f"{path}{suffix}").unlink(missing_ok=True)
     fed(history, job(1), [20])
     assert [p.at // S for p in kept(path, "j1", START)] == [20]
+    assert [text.partition(" were ")[2] for text in history.told] == [
+        "taken away or emptied by somebody, and are begun anew"
+    ]
 
 
 def test_two_who_write_at_once_lose_nothing(path: Path) -> None:
