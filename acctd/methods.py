@@ -319,14 +319,12 @@ class Methods:
         return caller.uid == event.uid or self._reads_all(caller)
 
     async def _records(self, caller: Caller, wanted: _After) -> Answer:
-        return await pages.records(
-            self._daemon, caller, wanted.after, self._turns.of(caller), every=self._reads_all(caller)
-        )
+        turn, every = self._turns.of(caller), self._reads_all(caller)
+        return await pages.records(self._daemon, caller, wanted.after, turn, every=every)
 
     async def _interim(self, caller: Caller, wanted: _After) -> Answer:
-        return await pages.interim(
-            self._daemon, caller, wanted.after, self._turns.of(caller), every=self._reads_all(caller)
-        )
+        turn, every = self._turns.of(caller), self._reads_all(caller)
+        return await pages.interim(self._daemon, caller, wanted.after, turn, every=every)
 
     async def _samples(self, caller: Caller, wanted: _Samples) -> Answer:
         return await pages.samples(self._daemon, caller, wanted.job, wanted.started, every=self._reads_all(caller))

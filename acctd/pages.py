@@ -14,7 +14,8 @@ import msgspec
 from acctd import history, views
 from acctd.caller import Caller
 from acctd.daemon import Daemon
-from acctd.errors import AcctdError, NotFoundError, UsageError
+from acctd.errors import AcctdError, ExhaustedError, NotFoundError, UsageError
+from acctd.ledger import fits
 from acctd.model import INT64_MAX
 from acctd.points import Point
 
@@ -49,26 +50,29 @@ class Turns:
 
 
 async def records(daemon: Daemon, caller: Caller, after: int, turn: asyncio.Lock, *, every: bool) -> dict[str, Any]:
-    """Signed ones after a number, oldest first. Raises UsageError, AcctdError for one that is none, LedgerError."""
+    """Signed ones after a number, oldest first. Raises UsageError, LedgerError, AcctdError for one that is not as it
+    was signed or is missing, also where it may be somebody else's: who changed it may have changed whose it is.
+    """
     _check(after)
     found: list[dict[str, Any]] = []
-    last, size, looked, more = after, 0, 0, True
+    last, before, size, looked, more = after, "", 0, 0, True
     own = b'"uid":%d' % caller.uid
     while more and looked < _LOOKED and size < _BYTES:
         async with turn:
             # Asked anew each time: the ledger may be another one by then.
-            rows = daemon.books.read(partial(_signed, daemon, last))
+            last, before, rows = daemon.books.read(partial(_signed, daemon, last))
             more = len(rows) == _AT_ONCE
             for number, digest, body in rows:
                 if size >= _BYTES:
                     more = True
                     break
-                last, looked = number, looked + 1
-                # The column `owner` is not signed, and knows no uid. To look for bytes costs a tenth of decoding.
-                uid = _uid(body) if every or own in body else None
-                if uid is None and every:
-                    raise AcctdError(f"record {number} is altered beyond reading; restore the ledger")
-                if every or uid == caller.uid:
+                if number != last + 1 or not fits(before, body, digest):
+                    raise AcctdError(
+                        f"record {number} was altered after it was signed off, or one before it is missing"
+                    )
+                last, before, looked = number, digest, looked + 1
+                # The column `owner` knows no uid. To look for bytes costs a tenth of decoding.
+                if every or (own in body and _uid(body) == caller.uid):
                     found.append({"number": number, "digest": digest, "body": msgspec.Raw(body)})
                     size += len(body)
             await asyncio.sleep(0)
@@ -132,8 +136,15 @@ def _memory(point: Point) -> int:
     return point.memory_anon + point.memory_shmem + point.memory_file + point.memory_kernel + point.memory_swap
 
 
-def _signed(daemon: Daemon, after: int) -> list[tuple[int, str, bytes]]:
-    return daemon.agent.ledger.records_after(after, _AT_ONCE)
+def _signed(daemon: Daemon, after: int) -> tuple[int, str, list[tuple[int, str, bytes]]]:
+    """The number and digest that the next records come after, and these."""
+    book = daemon.agent.ledger
+    number, digest = book.anchor()
+    if after > number:
+        number, digest = after, book.digest(after) or ""
+    elif 0 < after < number:
+        raise ExhaustedError("records were archived while they were read; ask again")
+    return number, digest, book.records_after(number, _AT_ONCE)
 
 
 def _archived(daemon: Daemon) -> float | None:
@@ -144,7 +155,7 @@ def _archived(daemon: Daemon) -> float | None:
 
 
 def _uid(body: bytes) -> int | None:
-    """Whose a record is; None of one that cannot be read, which is nobody's but root's."""
+    """Whose a record is; None of one that a newer acctd wrote."""
     try:
         return _whose.decode(body).uid
     except (msgspec.DecodeError, UnicodeDecodeError):

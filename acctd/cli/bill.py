@@ -175,13 +175,8 @@ def _tags(texts: tuple[str, ...]) -> Mapping[str, str]:
 def _places(sources: tuple[str, ...], directories: tuple[str, ...]) -> tuple[str | None, bool, list[Path]]:
     """A database's URL; whether the ledger is meant; directories. Raises UsageError."""
     databases = [source for source in sources if "://" in source]
-    named = [source.removeprefix("records:") for source in sources if source.startswith("records:")]
-    records = [Path(name) for name in (*named, *directories)]
-    other = [
-        source
-        for source in sources
-        if "://" not in source and source != "ledger" and source.partition(":")[0] != "records"
-    ]
+    records = list(map(Path, directories))
+    other = [source for source in sources if "://" not in source and source not in ("ledger", "records")]
     if other:
         raise UsageError(
             f"--from {other[0]!r} is none; write --from ledger, --from records DIR..., or "

@@ -19,8 +19,8 @@ def period(since: str | None, until: str | None, zone: ZoneInfo, now: float) -> 
     Raises UsageError.
     """
     first = _month(datetime.fromtimestamp(now, zone))
-    begin = _instant("since", since, zone) if since is not None else None
-    end = _instant("until", until, zone) if until is not None else _next(first).timestamp()
+    begin = instant("since", since, zone) if since is not None else None
+    end = instant("until", until, zone) if until is not None else _next(first).timestamp()
     if begin is None:
         # The month that `until` is in, or that it ends.
         begin = first.timestamp() if until is None else _month(datetime.fromtimestamp(end - 1e-6, zone)).timestamp()
@@ -35,7 +35,8 @@ def shown(at: float, zone: ZoneInfo) -> str:
     return text.removesuffix(":00") if text.count(":") == 2 else text
 
 
-def _instant(option: str, text: str, zone: ZoneInfo) -> float:
+def instant(option: str, text: str, zone: ZoneInfo) -> float:
+    """s since the epoch, in `zone` unless the text says otherwise. Raises UsageError, which names the option."""
     try:
         if month := _MONTH.match(text):
             return datetime(int(month[1]), int(month[2]), 1, tzinfo=zone).timestamp()

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import click
 
 from acctd import config as configuration
 from acctd import ledger
+from acctd.cli.billtime import instant
 from acctd.cli.output import emit
 from acctd.cli.progress import progress
 from acctd.errors import NotPermittedError, UsageError
@@ -37,7 +39,7 @@ _PATIENCE = 0.0  # another run writes the same records
 @click.option(
     "--since",
     metavar="TIME",
-    help="Leave out jobs that ended earlier, for good: 2026-01-31, or 2026-01-31T12:00; UTC unless it says otherwise.",
+    help="Leave out jobs that ended earlier, for good: 2026-01, 2026-01-31, 2026-01-31T12:00; UTC unless it says so.",
 )
 @click.option(
     "--anew", is_flag=True, help="Begin with the first record that the ledger has, whatever was written before."
@@ -60,7 +62,7 @@ def command(
     parent's.
     """
     encode = _encoder(kind, site, benchmark)
-    earliest = _moment(since) if since is not None else None
+    earliest = instant("since", since, ZoneInfo("UTC")) if since is not None else None
     config = configuration.load(config_path, os.environ)
     notes = config.state_dir / NOTES
     with Ledger(config.state_dir / ledger.FILE) as book:
@@ -114,11 +116,3 @@ def _told(done: Sent) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _moment(text: str) -> float:
-    try:
-        found = datetime.fromisoformat(text)
-        return (found if found.tzinfo is not None else found.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        raise UsageError(f"--since {text!r} is no time; write it like 2026-01-31 or 2026-01-31T12:00+01:00") from None

@@ -152,16 +152,17 @@ class Piece:
 
     def batches(self, looked: Looked) -> Iterator[Batch]:
         """The records in it; what is wrong with lines is said to `looked`."""
-        batch, before = Batch([], [], []), 0
+        batch, before = Batch([], [], []), self.start
         for offset, usage, body in self._records(looked):
             batch.usages.append(usage)
             batch.places.append(place(self.file, offset))
             batch.digests.append(body)
             if len(batch.usages) == BATCH:
-                batch.size, before = offset - before, offset
+                if not self.file.packed:  # of a packed file it is not known before its end
+                    batch.size, before = offset - before, offset
                 yield batch
                 batch = Batch([], [], [])
-        batch.size = max(0, (self.file.size if self.file.packed else self.end - self.start) - before)
+        batch.size = self.file.size if self.file.packed else max(0, self.end - before)
         yield batch
 
     def _records(self, looked: Looked) -> Iterator[tuple[int, Usage, bytes]]:

@@ -15,9 +15,9 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from acctd.cli import billtime
+from acctd.cli import bill, billtime, usagerecords
 from acctd.cli.bill import command
-from acctd.errors import AcctdError, ConfigError, NotFoundError, UsageError
+from acctd.errors import AcctdError, ConfigError, NotFoundError, NotPermittedError, UsageError
 from acctd.frames import RecordFrame, encode
 from acctd.ledger import Ledger
 from acctd.wording import clean
@@ -158,9 +158,10 @@ def test_asked_again_it_is_the_same_to_the_byte(place: Path) -> None:
     for form in ("table", "csv", "json", "html"):
         first, again = (files(place, "--format", form).stdout for _ in range(2))
         assert first == again
+    before = files(place, "--format", "json").stdout
     made = (place / "records" / "log.jsonl").read_bytes().splitlines(keepends=True)
     (place / "records" / "log.jsonl").write_bytes(b"".join(made[::-1]))
-    assert files(place, "--format", "json").stdout == files(place, "--format", "json").stdout
+    assert files(place, "--format", "json").stdout == before
 
 
 def test_what_is_selected_is_shown_and_named(place: Path) -> None:
@@ -277,6 +278,7 @@ def test_the_ledger_is_billed_without_an_agent(place: Path) -> None:
         (("--from", "records"), "name at least one"),
         (("here",), "--from records before"),
         (("--from", "ledger:x"), "is none"),
+        (("--from", "records:x"), "is none"),
         (("--from", "ledger", "--from", "records"), "name at least one"),
         (("--from", "ledger", "--from", "influxdb://x?db=a"), "take one source"),
         (("--from", "influxdb://x?db=a", "--from", "influxdb://y?db=a"), "take one source"),
@@ -305,6 +307,33 @@ def test_a_tariff_that_is_not_there_or_is_wrong(place: Path) -> None:
     (place / "acctd.toml").write_text(f'[bill]\ntariff = "{place}/nothing.toml"\n')
     words = str(refused(CliRunner().invoke(command, ["--config", str(place / "acctd.toml")])))
     assert "tariffs/example.toml" in words and f"{place}/nothing.toml" in words
+
+
+def test_who_may_not_read_the_configuration_is_told_whose_prices_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def load(_path: str | None, _environ: object) -> None:
+        raise NotPermittedError("the configuration X cannot be read")
+
+    monkeypatch.setattr(bill, "say", said.append)
+    monkeypatch.setattr(bill.configuration, "load", load)
+    config = bill.load_config(None)
+    assert said == [
+        f"acctd: the configuration X cannot be read; without --tariff the prices are those of {config.tariff}"
+    ]
+
+
+def test_usage_records_take_times_as_bills_do() -> None:
+    for text, wanted in (
+        ("2026-11", 1793491200.0),
+        ("2026-11-01", 1793491200.0),
+        ("2026-11-01T01:00+01:00", 1793491200.0),
+    ):
+        assert billtime.instant("since", text, ZoneInfo("UTC")) == wanted
+    argv = ["ur", "nowhere", "--since", "2026-13"]
+    assert "--since '2026-13' is no time" in str(CliRunner().invoke(usagerecords.command, argv).exception)
+    argv = ["ur", "nowhere", "--since", "2026-12", "--config", "nowhere.toml"]
+    assert "nowhere.toml" in str(CliRunner().invoke(usagerecords.command, argv).exception), "the time was taken"
 
 
 def test_where_nothing_can_be_written_nothing_is_read(place: Path) -> None:

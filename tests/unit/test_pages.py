@@ -12,7 +12,7 @@ import pytest
 
 from acctd import pages
 from acctd.caller import Caller
-from acctd.errors import AcctdError, UsageError
+from acctd.errors import AcctdError, ExhaustedError, UsageError
 from acctd.ledger import FILE, Ledger
 from tests.unit.test_sources import ledger, record
 
@@ -69,13 +69,34 @@ def test_the_last_page_is_told_as_such_also_where_it_is_full(tmp_path: Path) -> 
     assert found == list(range(1, pages._AT_ONCE + 1))
 
 
-def test_a_record_that_cannot_be_read_is_nobodys(tmp_path: Path) -> None:
-    path = ledger(tmp_path / FILE, [record(1), record(2)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE record SET body = x'ff' WHERE number = 2",
+        "UPDATE record SET body = 7 WHERE number = 2",
+        "UPDATE record SET body = CAST(body AS TEXT) WHERE number = 2",
+        "UPDATE record SET body = CAST(replace(CAST(body AS TEXT), ':1000', ':1001') AS BLOB) WHERE number = 2",
+        "DELETE FROM record WHERE number = 2",
+    ],
+)
+def test_who_gets_records_gets_none_from_a_ledger_that_was_altered(tmp_path: Path, change: str) -> None:
+    path = ledger(tmp_path / FILE, [record(1), record(2), record(3)])
     with Ledger(path) as book:
-        book._db.execute("UPDATE record SET body = x'ff' WHERE number = 1")
-    assert [signed["number"] for signed in page(path, ADA, 0, every=False)["records"]] == [2]
-    with pytest.raises(AcctdError, match="record 1 is altered"):
-        page(path, ROOT, 0, every=True)
+        assert book._db.execute(change).rowcount == 1
+    for caller, every in ((ADA, False), (ROOT, True)):
+        with pytest.raises(AcctdError, match=r"record [23] was altered"):
+            page(path, caller, 0, every=every)
+
+
+def test_records_that_are_archived_while_they_are_read_are_asked_for_again(tmp_path: Path) -> None:
+    path = ledger(tmp_path / FILE, [record(number) for number in range(10)])
+    assert numbers(path, ADA, every=False)[0] == list(range(1, 11))
+    with Ledger(path) as book:
+        book.take_out(6)
+    assert numbers(path, ADA, every=False)[0] == list(range(7, 11))
+    assert page(path, ADA, 6, every=False)["last"] == 10
+    with pytest.raises(ExhaustedError, match="ask again"):
+        page(path, ADA, 3, every=False)
 
 
 def test_bodies_are_those_that_were_signed(tmp_path: Path) -> None:

@@ -329,6 +329,17 @@ def test_however_a_file_is_cut_each_record_is_read_once(
     assert sorted(map(key, found)) == sorted(key(decode(body(record(number)))) for number in range(20))
 
 
+def test_batches_say_how_much_of_the_file_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "log").write_bytes(b"".join(line(record(number)) for number in range(100)))
+    monkeypatch.setattr(files, "PIECE", 10_000)
+    monkeypatch.setattr(files, "BATCH", 3)
+    (file,) = files.find([tmp_path])
+    sizes = [[batch.size for batch in piece.batches(Looked())] for piece in files.pieces([file])]
+    assert len(sizes) > 2
+    assert file.size <= sum(map(sum, sizes)) <= file.size + len(sizes) * 1000  # a line may reach into the next piece
+    assert max(map(max, sizes)) <= 4 * 1000
+
+
 def test_several_readers_give_the_same_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(1)
     for number in range(6):
