@@ -34,6 +34,8 @@ _PAGE = 4096
 _LOG = 8 * 2**20
 """Bytes of SQLite's log of what is not yet in the file, at most: it is written there when half of that is full."""
 _SPARE = 16  # pages
+_INCREMENTAL = 2
+"""The auto_vacuum of a file that gives free pages back on demand."""
 _AT_ONCE = 500  # jobs or pieces that are dropped in one transaction
 
 _TABLES = """
@@ -91,7 +93,8 @@ class SampleFile(SqliteFile):
     def _before_tables(self) -> None:
         self._db.execute("PRAGMA cache_size = -512")  # KiB: each row is written once, and seldom read
         self._db.execute(f"PRAGMA page_size = {_PAGE}")
-        self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        if self._pragma("auto_vacuum") != _INCREMENTAL:  # in a file that has it already, this would wait for who writes
+            self._db.execute(f"PRAGMA auto_vacuum = {_INCREMENTAL}")
         self._db.execute(f"PRAGMA wal_autocheckpoint = {self._log // _PAGE // 2}")
         self._db.execute(f"PRAGMA journal_size_limit = {self._log // 2}")
 

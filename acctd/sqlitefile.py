@@ -68,6 +68,8 @@ class SqliteFile:
             time.sleep(0.01)
 
     def _migrate(self) -> None:
+        if self._row("PRAGMA user_version") == (self.schema,):
+            return  # and who only reads waits for no one who writes
         with self._writing() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > self.schema:
@@ -187,6 +189,8 @@ class SqliteFile:
             return NotPermittedError(f"cannot open the {what}: {error}; run as root or set state_dir")
         if isinstance(error, sqlite3.DatabaseError) and any(word in text for word in _CORRUPT):
             return LedgerError(f"{what} is corrupt ({error}); acctd serve moves it aside", corrupt=True)
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+            return LedgerError(f"{what} cannot be used now ({error}): another program writes to it; try again")
         return LedgerError(f"{what} cannot be used now ({error}); see that the disk is not full")
 
 

@@ -343,6 +343,14 @@ def test_two_who_write_at_once_lose_nothing(path: Path) -> None:
         assert samples is not None and samples.size().points == 15 * 59
 
 
+def test_who_looks_waits_for_nobody_who_writes(history: History, path: Path) -> None:
+    fed(history, job(1), [10])
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("DELETE FROM piece")
+        assert [p.at // S for p in kept(path, "j1", START)] == [10]
+
+
 def test_nothing_is_made_by_who_looks(path: Path) -> None:
     with reading(path) as samples:
         assert samples is None

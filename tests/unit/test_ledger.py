@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -435,3 +436,14 @@ def test_what_is_committed_survives_kill_9(path):
     with Ledger(path) as ledger:
         assert ledger.record(SPEC.id) == record(SPEC.id)
         assert ledger.open_jobs()[0].phase == "closed"
+
+
+def test_who_looks_waits_for_nobody_who_writes_and_a_writer_hears_that_somebody_does(path: Path) -> None:
+    with Ledger(path) as first:
+        open_job(first)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with Ledger(path, patience=0.0) as looking:
+                assert len(looking.open_jobs()) == 1
+                with pytest.raises(LedgerError, match=r"is locked\): another program writes to it; try again"):
+                    looking.made(1)
