@@ -116,8 +116,9 @@ def _shortages(facts: Facts) -> list[Hint]:
     own = [shortage for shortage in facts.shortages if shortage.level == "job"]
     if own:
         limit = max((shortage.limit for shortage in own if shortage.limit is not None), default=None)
-        number = len(own) + facts.shortages_dropped
-        times = "once" if number == 1 else f"{number} times"
+        times = "once" if len(own) == 1 else f"{len(own)} times"
+        if facts.shortages_dropped:  # whose limit was reached by those, nobody knows
+            times = f"at least {times}"
         at = "" if limit is None else f" at its limit of {size(limit)}"
         found.append(Hint("problem", f"The job ran out of memory {times}{at}.{_more(facts, own, limit)}"))
     for level, whose in (
@@ -226,7 +227,9 @@ def _cpu(facts: Facts) -> list[Hint]:
         return found
     efficiency = used / asked
     if efficiency >= 0.8:
-        found.append(Hint("good", f"Its CPUs were well used: {in_cores(used)} of {in_cores(asked)} on average."))
+        if not throttled:
+            said = f"Its CPUs were well used: {in_cores(used)} of {in_cores(asked)} on average."
+            found.append(Hint("good", said))
         return found
     if efficiency >= _IDLE or throttled or facts.running or facts.failed or asked < 1.5:
         return found

@@ -6,7 +6,7 @@ Knows no report. HTML: https://html.spec.whatwg.org/multipage/syntax.html
 import html
 from collections.abc import Iterable
 
-from acctd.cli.table import clean
+from acctd.wording import clean
 
 _VOID = frozenset({"meta", "link"})
 

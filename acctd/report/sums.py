@@ -15,7 +15,7 @@ import msgspec
 from acctd.integrals import cores_asked
 from acctd.meter import State
 from acctd.model import Limits
-from acctd.report.hints import needed
+from acctd.report.hints import LEAST_NS, needed
 from acctd.slices import midnight
 from acctd.usage import Usage, nanoseconds, parts
 
@@ -130,7 +130,7 @@ class Sums:
     endings: Counter[str] = field(default_factory=Counter)
     families: int = 0
     short_of_memory: int = 0  # jobs
-    asked_memory: int = 0  # jobs that ended well and had asked for some
+    asked_memory: int = 0  # jobs that ended well, had asked for some and were long enough for advice
     wasted_memory: int = 0  # of those the ones that needed less than half
     asked_cpu: int = 0  # ns that was used by jobs that asked for cores
     asked_resident: int = 0  # KiB*s that was used by jobs that asked for memory
@@ -168,7 +168,7 @@ class Sums:
 
     def top(self) -> list[Top]:
         """The jobs that used most CPU, the largest first."""
-        return sorted(self._top, reverse=True)
+        return sorted(self._top, key=lambda top: (-top.cpu, top.started, top.id))
 
     def _by_day(self, job: Ended, begin: int, since: int, until: int) -> Iterator[tuple[date, State]]:
         end = begin + job.wall_ns
@@ -201,7 +201,7 @@ class Sums:
         if whole.memory_reserved:
             self.asked_resident += whole.memory
         asked = job.limits.memory
-        if asked and job.ending == "done" and (need := needed(job.totals)):
+        if asked and job.wall_ns >= LEAST_NS and job.ending == "done" and (need := needed(job.totals)):
             self.asked_memory += 1
             self.wasted_memory += need < _MEMORY_WASTED * asked
 

@@ -113,6 +113,8 @@ def _said(number: float, base: float, units: Sequence[str]) -> str:
 
 def duration(ns: float) -> str:
     """A span of time in its two largest units: 5 ms, 3.2 s, 2 min 5 s, 3 h 20 min, 12 d 4 h."""
+    if ns <= 0:
+        return "0 s"
     if ns < _MINUTE:
         factor, unit = next((f, u) for f, u in ((1e9, "s"), (1e6, "ms"), (1e3, "us")) if ns >= f or u == "us")
         return f"{few(ns / factor, 0)} {unit}"

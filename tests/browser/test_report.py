@@ -91,6 +91,8 @@ def test_colours_and_patterns_are_there(show: Show) -> None:
     shown = show(a_job())
     fills = shown.run("() => [...document.querySelectorAll('.drawing path')].map(p => getComputedStyle(p).fill)")
     assert {fill for fill in fills if fill != "none"} == {f'url("#p{n}")' for n in (0, 1, 2, 5)}
+    used = shown.run("() => [0, 1, 2, 3, 4, 5].map(n => getComputedStyle(document.querySelector(`#p${n} rect`)).fill)")
+    assert len(set(used)) == 6
     swatch = shown.page.locator("#memory .swatch").first  # of page cache
     with_lines = swatch.screenshot()
     shown.run("() => document.querySelectorAll('#p5 path').forEach(line => line.remove())")
@@ -98,8 +100,6 @@ def test_colours_and_patterns_are_there(show: Show) -> None:
     assert with_lines != without
     shown.run("() => document.querySelector('#p5').remove()")
     assert swatch.screenshot() != without, "and a colour"
-    used = shown.run("() => [0, 1, 2, 3, 4, 5].map(n => getComputedStyle(document.querySelector(`#p${n} rect`)).fill)")
-    assert len(set(used)) == 6
 
 
 @pytest.mark.parametrize("width", [320, 768, 1280])
@@ -203,6 +203,12 @@ def test_the_keyboard_reaches_everything_in_order(show: Show) -> None:
     shown.page.keyboard.press("Enter")
     assert shown.page.locator("details").first.get_attribute("open") is not None
     assert shown.run("() => getComputedStyle(document.activeElement).outlineStyle") != "none"
+
+
+def test_no_table_scrolls_on_a_wide_screen(show: Show, text: str) -> None:
+    shown = show(text, width=1200)
+    hidden = shown.run("() => [...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)")
+    assert max(hidden) == 0
 
 
 def test_links_lead_to_sections(show: Show, text: str) -> None:

@@ -91,7 +91,7 @@ def test_out_of_memory_at_its_own_limit() -> None:
         "as much, 4 GiB, next time, or make it need less."
     )
     found = said(shortages=(shortage("job"), shortage("job", None)), shortages_dropped=5)
-    assert "7 times at its limit of 2 GiB" in text(found)
+    assert "ran out of memory at least 2 times at its limit of 2 GiB" in text(found), "others may be of the node"
 
 
 def test_who_was_given_more_memory_and_ended_well_is_told_what_it_needed() -> None:
@@ -151,6 +151,8 @@ def test_stopped_by_its_quota() -> None:
     limits = Limits(cpus=2.0)
     found = said(limits, cpu_user=HOUR, cpu_system=0, cpu_periods=1000, cpu_throttled_periods=600)
     assert text(found).startswith("problem: It was stopped by its CPU quota of 2 cores in 60 %")
+    found = said(limits, cpu_user=2 * HOUR, cpu_system=0, cpu_periods=1000, cpu_throttled_periods=980)
+    assert [hint.level for hint in found] == ["problem"], "nothing is well where it was stopped"
     assert said(limits, cpu_periods=1000, cpu_throttled_periods=10) == []
     assert said(limits, cpu_periods=10, cpu_throttled_periods=10) == [], "ten periods are a second"
 

@@ -157,7 +157,7 @@ def test_a_job_shorter_than_a_reading_has_a_page() -> None:
     assert "too short for readings in between" in words
     assert "too short for advice" in words
     assert '<svg class="plot"' not in words
-    assert "0 us" in job_page(subject(record=replace(short, wall_ns=0), points=[], bill=None))
+    assert "done, exit 0, 0 s." in job_page(subject(record=replace(short, wall_ns=0), points=[], bill=None))
 
 
 def test_a_job_without_a_memory_limit_has_its_plots() -> None:
@@ -270,6 +270,9 @@ def test_of_many_jobs_cores_and_needs_are_reckoned_as_of_one() -> None:
     sums = summed([own, ended(2, totals=peaks | {"memory_peak": {"": 500 << 20}})])
     assert {top.id: top.cores for top in sums.top()} == {"j1": 4.0, "j2": 2.0}
     assert (sums.asked_memory, sums.wasted_memory) == (1, 1)
+    brief = summed([ended(n, wall_ns=10**9, started=30.0 - n) for n in (2, 10, 9)])
+    assert (brief.asked_memory, brief.wasted_memory) == (0, 0), "they are too short for advice on memory"
+    assert [top.id for top in brief.top()] == ["j10", "j9", "j2"], "those that used as much by their start"
 
 
 def summed(jobs: list[Ended], since: float = 0.0, until: float = 30 * DAY, zone: ZoneInfo = UTC) -> Sums:
@@ -293,7 +296,7 @@ def test_sums_of_jobs() -> None:
     assert sums.endings == {"done": 1, "failed": 1}
     assert (sums.asked_memory, sums.wasted_memory) == (1, 1), "of the one that ended well"
     assert {owner: each.jobs for owner, each in sums.owners.items()} == {"alice": 1, "bob": 1}
-    assert [top.id for top in sums.top()] == ["j2", "j1"]
+    assert [top.id for top in sums.top()] == ["j1", "j2"]
 
 
 def test_a_job_over_midnight_is_in_both_days_and_a_period_takes_its_part() -> None:

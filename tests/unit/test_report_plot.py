@@ -86,7 +86,7 @@ def test_times_have_few_ticks_that_differ(length: int) -> None:
         (units.duration(31 * DAY), "31 d"),
         (units.duration(999_999_700), "1,000 ms"),
         (units.duration(999_700), "1,000 us"),
-        (units.duration(0), "0 us"),
+        (units.duration(0), "0 s"),
         (units.few(0), "0"),
         (units.few(5e-05), "less than 0.01"),
         (units.few(5e-05, 0), "0.00005"),
