@@ -289,6 +289,10 @@ class Tally:
         self._inside.add((usage.id, usage.node, parent))
         self._families.add(msgspec.structs.replace(usage, parent=None), living=living)
 
+    def add_families(self, number: int) -> None:
+        """So many records of families, which somebody else has left out: of the period, and of what is selected."""
+        self._nested += number
+
     def _alike(self) -> "Tally":
         return Tally(self._tariff, self._since, self._until, select=self._select, group_by=self._group_by)
 

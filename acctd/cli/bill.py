@@ -103,7 +103,7 @@ def command(
         if database is not None:
             from acctd.sources.influx import Question, from_database  # urllib3, which takes its time to load
 
-            gathered = from_database(database, Question(select, groups, end), make, bar, os.environ)
+            gathered = from_database(database, Question(select, groups, begin, end), make, bar, os.environ)
         elif of_ledger:
             gathered = of_this_node(config, path, make, bar, directories=places, partly=False)
         else:

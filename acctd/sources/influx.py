@@ -39,7 +39,8 @@ class Question:
 
     select: Selection
     group_by: tuple[str, ...]
-    until: float  # s since the epoch
+    since: float | None  # s since the epoch
+    until: float
 
     @property
     def singly(self) -> bool:
@@ -77,6 +78,7 @@ class _Collector:
         for row in self._select("count(wall_ns) AS records", everything, ["host"]):
             self._looked.nodes.add(row["host"])
             self._looked.records += row["records"]
+        self._count_families(last)
         if self._question.singly:
             self._fetch(everything)
             return
@@ -85,6 +87,23 @@ class _Collector:
             began = [_OUTERMOST, f"started_ns >= {begin}", f"started_ns < {end}"]
             self._add_up([*began, f"{_END} <= {end}"], begin)
             self._fetch([*began, f"{_END} > {end}"])
+
+    def _count_families(self, until: int) -> None:
+        """Those that are left out, of which a bill tells how many. With tags each must be looked at."""
+        select = self._question.select
+        if select.job is not None:
+            return
+        inside = [_OUTERMOST.replace("=", "!="), f"started_ns < {until}"]
+        since = None if self._question.since is None else nanoseconds(self._question.since)
+        if since is not None:  # as Tally has it: a job of no time belongs to where it began
+            inside.append(f"({_END} > {since} OR started_ns >= {since})")
+        if select.tags:
+            self._fetch(inside)
+            return
+        wanted = (("owner", select.user), ("payer", select.account))
+        inside += [f"{name} = {quoted(value)}" for name, value in wanted if value is not None]
+        for row in self._select("count(wall_ns) AS records", inside, []):
+            self._tally.add_families(row["records"])
 
     def _add_up(self, conditions: Sequence[str], begin: int) -> None:
         """Of records that lie whole in a slice the sums are enough."""
