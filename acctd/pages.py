@@ -144,7 +144,11 @@ def _signed(daemon: Daemon, after: int) -> tuple[int, str, list[tuple[int, str, 
         number, digest = after, book.digest(after) or ""
     elif 0 < after < number:
         raise ExhaustedError("records were archived while they were read; ask again")
-    return number, digest, book.records_after(number, _AT_ONCE)
+    newest, _ = book.last()  # before the rest: another process may sign meanwhile
+    rows = book.records_after(number, _AT_ONCE)
+    if len(rows) < _AT_ONCE and (rows[-1][0] if rows else number) < newest:
+        raise AcctdError(f"record {newest} was signed last and is missing; restore the ledger")
+    return number, digest, rows
 
 
 def _archived(daemon: Daemon) -> float | None:

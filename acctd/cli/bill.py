@@ -88,6 +88,9 @@ def command(
     prices = load_tariff(tariff_path, config)
     now = time.time()
     begin, end = billtime.period(since, until, prices.zone, now)
+    for option, value in (("--job", job), ("--user", user), ("--account", account)):
+        if value == "":  # as of a variable that a script has not set: all jobs would be as wrong as none
+            raise UsageError(f"{option} is empty; give a name, or leave it out")
     groups = tuple(word.strip() for word in group_by.split(",") if word.strip())
     select = Selection(job=job, user=user, account=account, tags=_tags(tags))
 

@@ -85,9 +85,14 @@ def missing(book: Ledger, since: float) -> str:
 
 
 def numbers(book: Ledger, since: float) -> list[Numbers]:
-    """The records there are now, in parts, from the first on that may have ended after `since` (s since the epoch)."""
+    """The records there are now, in parts, from the first on that may have ended after `since` (s since the epoch).
+
+    Raises AcctdError where the newest are missing.
+    """
     first = next(book.stream(since=since if math.isfinite(since) else None), None)
-    newest, _, _ = book.newest()
+    newest, _ = book.last()
+    if newest and book.digest(newest) is None:
+        raise AcctdError(f"record {newest} of {book.path} was signed last and is missing; restore the ledger")
     if first is None or newest < first[0]:
         return []
     starts = range(first[0] - 1, newest, STEP)

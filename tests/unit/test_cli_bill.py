@@ -291,6 +291,9 @@ def test_the_ledger_is_billed_without_an_agent(place: Path) -> None:
         (("--tag", "account"), "account=physics"),
         (("--tag", "a=1", "--tag", "A=2"), "two values"),
         (("--since", "soon"), "'soon'"),
+        (("--job", ""), "--job is empty"),
+        (("--user", ""), "--user is empty"),
+        (("--account", ""), "--account is empty"),
     ],
 )
 def test_what_makes_no_sense_is_one_sentence(place: Path, arguments: tuple[str, ...], words: str) -> None:

@@ -88,6 +88,19 @@ def test_who_gets_records_gets_none_from_a_ledger_that_was_altered(tmp_path: Pat
             page(path, caller, 0, every=every)
 
 
+def test_newest_records_that_are_missing_show(tmp_path: Path) -> None:
+    path = ledger(tmp_path / FILE, [record(1), record(2), record(3)])
+    with Ledger(path) as book:
+        book._db.execute(
+            "INSERT OR REPLACE INTO meta SELECT 'last', number || ' ' || digest FROM record WHERE number = 3"
+        )
+        assert numbers(path, ADA, every=False)[0] == [1, 2, 3]
+        book._db.execute("DELETE FROM record WHERE number = 3")
+    for after in (0, 2):
+        with pytest.raises(AcctdError, match="record 3 was signed last and is missing"):
+            page(path, ADA, after, every=False)
+
+
 def test_records_that_are_archived_while_they_are_read_are_asked_for_again(tmp_path: Path) -> None:
     path = ledger(tmp_path / FILE, [record(number) for number in range(10)])
     assert numbers(path, ADA, every=False)[0] == list(range(1, 11))

@@ -64,6 +64,17 @@ def test_a_bill_goes_on_after_what_was_archived(tmp_path: Path) -> None:
     assert found.reader.looked.first is not None and found.reader.looked.first[0] == 9
 
 
+@pytest.mark.parametrize("since", [BEGAN - 1, BEGAN + 60 * 86400])
+def test_a_ledger_whose_newest_record_is_missing_makes_no_bill(tmp_path: Path, since: float) -> None:
+    path = ledger(tmp_path / FILE, [record(number) for number in range(20)])
+    with sqlite3.connect(path) as db:
+        db.execute("INSERT OR REPLACE INTO meta SELECT 'last', number || ' ' || digest FROM record WHERE number = 20")
+        assert gather.from_ledger(path, [], make_since(since), begin).kind == "ledger"
+        db.execute("DELETE FROM record WHERE number = 20")
+    with pytest.raises(AcctdError, match=r"record 20 .* missing"):
+        gather.from_ledger(path, [], make_since(since), begin)
+
+
 def archived(tmp_path: Path, upto: int) -> tuple[Path, Path]:
     """A ledger of 20 records of which the first are in an archive, and its directory."""
     path, directory = ledger(tmp_path / FILE, [record(number) for number in range(20)]), tmp_path / "archive"
