@@ -14,7 +14,7 @@ from acctd.report.money import bill_section, top_items
 from acctd.report.page import STYLES, Column, Section, bar, facts, figure, page, table
 from acctd.report.plot import Band, Plot
 from acctd.report.sums import Sum, Sums, months
-from acctd.report.units import Scale, amount, decimal, decimal_scale, duration, few, plain_scale, size, stamp
+from acctd.report.units import Scale, amount, counted, decimal, decimal_scale, duration, few, plain_scale, size, stamp
 
 _DAYS = 100
 """Days that a plot has at most; a longer period is shown by month."""
@@ -75,8 +75,12 @@ def _short(sums: Sums) -> Html:
         for direction in ("outgoing", "incoming")
         if (number := sum(n for rule, n in whole.network.items() if split_rule(rule)[1] == direction))
     ]
-    inside = f"{sums.families:,} families ran inside them and are in their accounts" if sums.families else None
-    lost = f"{sums.short_of_memory:,} jobs" if sums.short_of_memory else None
+    inside = (
+        f"{counted(sums.families, 'family', 'families')} inside them, in their accounts already"
+        if sums.families
+        else None
+    )
+    lost = counted(sums.short_of_memory, "job") if sums.short_of_memory else None
     return join(
         facts(
             [
@@ -108,8 +112,9 @@ def _efficiency(sums: Sums) -> Html:
     said = []
     if sums.wasted_memory:
         said.append(
-            f"{sums.wasted_memory:,} of {sums.asked_memory:,} jobs that ended well needed less than half of the memory "
-            "that they asked for; the report of a job says how much to ask for."
+            f"Less than half of the memory asked for was needed by {sums.wasted_memory:,} of "
+            f"{counted(sums.asked_memory, 'job')} of 30 s and more that ended well; the report of a job says how much "
+            "to ask for."
         )
     columns = [
         Column("What"),

@@ -19,12 +19,12 @@ from acctd.report.plot import Band, Level, Mark, Plot
 from acctd.report.series import Counters, Levels, Rates
 from acctd.report.units import (
     bytes_scale,
+    counted,
     decimal,
     decimal_scale,
     duration,
     few,
     in_cores,
-    operations,
     plain_scale,
     size,
     stamp,
@@ -140,7 +140,7 @@ def _memory_said(record: Record, values: Mapping[str, Sequence[float]], limit: i
     if peak is not None:
         said += f" The kernel's own peak of all together was {size(peak)}."
     if number := len(record.shortages) + record.shortages_dropped:
-        said += f" Memory ran out {number} {'time' if number == 1 else 'times'}."
+        said += f" Memory ran out {counted(number, 'time')}."
     return said
 
 
@@ -207,8 +207,8 @@ def _of_rule(rule: str) -> Callable[[Point], int]:
 def _block(points: Sequence[Point], final: Point) -> Section:
     said = (
         f"Bytes per second from and to disks. In all: {decimal(final.block_read, 'B')} read in "
-        f"{operations(final.block_reads)}, {decimal(final.block_write, 'B')} written in "
-        f"{operations(final.block_writes)}."
+        f"{counted(final.block_reads, 'operation')}, {decimal(final.block_write, 'B')} written in "
+        f"{counted(final.block_writes, 'operation')}."
     )
     return _per_second("disks", "Disks", said, points, final, _BLOCK, stacked=False)
 

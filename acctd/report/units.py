@@ -141,9 +141,9 @@ def in_cores(number: float) -> str:
     return f"{text} core" if text == "1" else f"{text} cores"
 
 
-def operations(number: int) -> str:
-    """So many of them: 1 operation."""
-    return f"{number:,} {'operation' if number == 1 else 'operations'}"
+def counted(number: int, one: str, many: str = "") -> str:
+    """So many of them: 1 job, 2 jobs. `many`: where it is not the word and an s."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 def mebibytes(text: str) -> str:

@@ -22,7 +22,8 @@ def a_job() -> str:
 
 
 def many_jobs() -> str:
-    jobs = [ended(n, owner=f"u{n % 7}", started=n * 7200.0) for n in range(150)]
+    jobs = [ended(n, id=f"4711.{n}", owner=f"person{n % 7}", started=n * 7200.0) for n in range(150)]
+    jobs.append(ended(1, id="short", totals={"cpu_user": {"": 2_000_000}, "cpu_system": {"": 0}}))
     sums = summed(jobs, zone=ZoneInfo("Europe/Berlin"))
     return period.period_page(period.Subject(title="Jobs of this node", sums=sums, bill=bill(), owners=True))
 

@@ -270,6 +270,10 @@ def test_of_many_jobs_cores_and_needs_are_reckoned_as_of_one() -> None:
     sums = summed([own, ended(2, totals=peaks | {"memory_peak": {"": 500 << 20}})])
     assert {top.id: top.cores for top in sums.top()} == {"j1": 4.0, "j2": 2.0}
     assert (sums.asked_memory, sums.wasted_memory) == (1, 1)
+    several = [ended(1), ended(2, parent="j1"), ended(3, shortages=[{}])]
+    words = period.period_page(period.Subject(title="T", sums=summed(several)))
+    for expected in ("needed by 2 of 2 jobs of 30 s", "1 family inside them", "<dd>1 job</dd>"):
+        assert expected in words
     brief = summed([ended(n, wall_ns=10**9, started=30.0 - n) for n in (2, 10, 9)])
     assert (brief.asked_memory, brief.wasted_memory) == (0, 0), "they are too short for advice on memory"
     assert [top.id for top in brief.top()] == ["j10", "j9", "j2"], "those that used as much by their start"
