@@ -170,7 +170,8 @@ def test_a_record_is_one_point_and_the_last_sample() -> None:
             "records",
             f"acctd_record,{tags},payer=physics cpu_user_ns=5i,memory_peak_bytes=4096i,exit_code=0i,"
             r'wall_ns=9750000000i,started_ns=1700000000500000000i,uid=1000i,state="done",network_mode="nat",'
-            r'account="physics",tags="{\"account\":\"physics\"}",notes="a \"note\"",limit_memory_bytes=1073741824i 1700000010250000007',
+            r'account="physics",tags="{\"account\":\"physics\"}",notes="a \"note\"",'
+            r"limit_memory_bytes=1073741824i 1700000010250000007",
         ),
         ("samples", f"acctd_cpu,{tags} user_ns=5i {TIME}"),
         ("samples", f"acctd_memory,{tags} peak_bytes=4096i {TIME}"),
