@@ -224,9 +224,10 @@ def test_a_supervisor_that_does_not_act(node: Node, stack: ExitStack, fate: str)
         keeper.kill()
         keeper.wait()
     until(lambda: not waits(node, "victim"), "it waits for ever")
+    # It is let go first, and then that is written down.
+    until(lambda: bool(list((node.directory / "run" / "released").glob("victim.*"))), "it left no trace")
     if fate == "killed":
         # Whoever comes next puts it on record.
-        until(lambda: bool(list((node.directory / "run" / "released").glob("victim.*"))), "it left no trace")
         node.job("--id", "next", "--network", "host", "--", "true")
         with Ledger(node.directory / "state" / FILE) as ledger:
             shortages = [each.action for each in ledger.record("victim").shortages]
