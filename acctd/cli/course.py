@@ -39,11 +39,13 @@ def now(job: Job) -> Point:
 def plots(kept: Sequence[Point], last: Point | None, width: int, *, colour: bool) -> str:
     """The lines, at most so wide. `last` is how a living job stands; None for one that has ended.
 
-    What was never used has no line. "" where fewer than two points are kept.
+    What was never used has no line. "" where there are fewer than two points, or none but the last.
     """
-    if len(kept) < 2:
+    if not kept:
         return ""
     all_points = [*kept, last] if last is not None and last.at > kept[-1].at else list(kept)
+    if len(all_points) < 2:
+        return ""
     # The end of a job is a point too: of what is no counter it uses nothing any more.
     alive = all_points if last is not None else all_points[:-1]
     word = "now" if last is not None else "last"

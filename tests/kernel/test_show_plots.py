@@ -94,8 +94,8 @@ def test_samples_that_are_damaged_keep_back_nothing_else(
 def test_an_owner_sees_the_plots_of_a_living_job(served: Served, on_terminal: Callable[..., Terminal]) -> None:
     quick(served)
     let_in(served)
-    # What it had before it was attached is not the job's.
-    uses = 'read -r line; kept=$(head -c 3000000 /dev/zero | tr "\\0" a); read -r line'
+    # What it had before it was attached is not the job's; of a job that does nothing few samples are kept.
+    uses = 'read -r line; kept=$(head -c 3000000 /dev/zero | tr "\\0" a); while :; do :; done'
     own = subprocess.Popen(["sh", "-c", uses], user=NOBODY.pw_uid, stdin=subprocess.PIPE)
     assert own.stdin is not None
     try:

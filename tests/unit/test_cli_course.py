@@ -91,7 +91,8 @@ def test_colours_are_round_the_plots_only() -> None:
 
 def test_too_little_to_plot() -> None:
     assert course.plots([], NOW, 80, colour=False) == ""
-    assert course.plots(KEPT[:1], NOW, 80, colour=False) == ""
+    assert course.plots(KEPT[:1], None, 80, colour=False) == ""
+    assert course.plots(KEPT[:1], KEPT[0], 80, colour=False) == ""
     assert course.plots([point(1), point(2)], point(3), 80, colour=False) == ""  # never used anything
 
 
