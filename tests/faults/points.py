@@ -155,10 +155,11 @@ ORPHAN = [
     At("acctd.recovery:_as_found", ()),
     At(f"{LEDGER}.reinstate", ()),
 ]
+TO_PARENT = At("acctd.agent:add", ())  # in memory, where it is held
 PASSING_ON = [
     At(f"{LEDGER}.sign_off"),
     At("acctd.ledger:_digest"),  # in the transaction
-    At("acctd.agent:add", ()),  # to the parent in memory
+    TO_PARENT,
     At(f"{AGENT}.dismantle", ()),
     At(f"{CGROUPS}.remove", ()),
     At(f"{DIR}.remove", (), EACH),
@@ -210,7 +211,8 @@ NESTED = {
     "step": PASSING_ON,
     "all": [At(f"{DAEMON}.finish", (1,), (1, 2, 3)), *ONE_BY_ONE],
     "unregister": [At(f"{CGROUPS}.fold_into"), At(f"{DIR}.write", (), EACH), *PASSING_ON],
-    "step ended": [At(f"{LEDGER}.claim"), *PASSING_ON],
+    # It has its record before its parent is held.
+    "step ended": [At(f"{LEDGER}.claim"), *(each for each in PASSING_ON if each is not TO_PARENT)],
     "all ended": [At(f"{LEDGER}.claim", (1,), (1, 2, 3)), *ONE_BY_ONE],
 }
 
