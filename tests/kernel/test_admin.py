@@ -26,6 +26,8 @@ from tests.kernel.conftest import REPO, Node
 from tests.kernel.served import Served
 
 _PATIENCE = 30.0
+SCREEN = "(?:(?!q quit).)*"
+"""Anything that is on one screen: each ends with these words."""
 NOBODY = pwd.getpwnam("nobody")
 
 BUSY = "import sys; block = bytearray(b'x') * (64 << 20); print('ready', flush=True)\nwhile True: pass"
@@ -355,9 +357,9 @@ def test_top_waits_for_an_agent_that_is_started_anew(
     top = on_terminal("top", "--interval", "0.2", columns=200)
     top.until(r"42\.0")
     assert served.stop() == 0
-    top.until_shown(r"no agent answers[^q]*42\.0[^q]*q quit")
+    top.until_shown(rf"no agent answers{SCREEN}42\.0{SCREEN}q quit")
     served.start()
-    top.until_shown(r"q quit[^q]*by cpu\s+JOB[^q]*42\.0[^q]*q quit")
+    top.until_shown(rf"q quit{SCREEN}by cpu\s+JOB{SCREEN}42\.0{SCREEN}q quit")
     top.type("q")
     assert top.wait() == 0
 
