@@ -81,12 +81,15 @@ class Shortages:
 
         What befell it before that is found out by the next reading.
         """
+        known = job.row.seq in self._watched
         self._let_be(job)
         directory, inside = job.cgroups.directory("memory"), job.cgroups.inside("memory")
         if directory is None or inside is None:
             return
         memory = JobMemory(directory, inside)
         watched = Watched(job, memory, memory.troubles())
+        if known:
+            watched.changed = time.monotonic()
         self._watched[job.row.seq] = watched
         if self._was_released(job) or (job.shortages and time.time() - job.shortages[-1].time < _FRESH):
             watched.last = time.monotonic()  # what the kernel kills now, it may kill for that
@@ -98,8 +101,7 @@ class Shortages:
         if watched.out is not None:
             self._ears.add(watched.out.fileno(), watched.out.events, lambda: self._ran_out(watched))
         self._hear_thresholds(watched)
-        # A task that was just woken by a higher limit still shows as waiting, until it runs.
-        if memory.troubles().waiting and memory.usage() > watched.limit - watched.limit // 16:
+        if memory.troubles().waiting:
             self._act(watched)
 
     def forget(self, job: Job) -> None:
@@ -295,7 +297,7 @@ class Shortages:
             return  # that limit is not its own, and nobody is killed for it
         if action == "kernel" or watched.loose:
             self._killed_by_kernel(watched)
-        elif watched.memory.v1 and not watched.memory.troubles().waiting:
+        elif watched.memory.v1 and (not watched.memory.troubles().waiting or watched.is_waking()):
             return  # the limit was raised, or somebody ended meanwhile
         elif watched.ending or watched.asking is not None:
             return
@@ -346,7 +348,7 @@ class Shortages:
         except AcctdError as e:
             self._trouble(job, e)
             return False
-        watched.last = time.monotonic()
+        watched.last = watched.changed = time.monotonic()
         self._keep(job, shortage)
         return True
 

@@ -15,6 +15,8 @@ from acctd.kernel.memevents import Ear
 from acctd.oomprogram import Asking
 from acctd.policies import Shortage
 
+_WAKING = 10.0  # s in which a task that was woken runs, however busy the CPUs are
+
 
 @dataclass(slots=True)
 class Watched:
@@ -31,6 +33,7 @@ class Watched:
     frozen: bool = False  # by us
     last: float = 0.0  # monotonic, of the last shortage
     idle: float = 0.0  # monotonic, when it last said something for nothing
+    changed: float = float("-inf")  # monotonic, when its limit was
     asking: Asking | None = None
     asked: Shortage | None = None  # what that is about
 
@@ -44,6 +47,11 @@ class Watched:
         """s that the site's program has: a little less than the job may wait, or the guardian would be quicker."""
         deadline = self.job.spec.oom.deadline
         return deadline - min(0.5, deadline / 10)
+
+    def is_waking(self) -> bool:
+        """Whether who waits may have been woken by a higher limit: v1 shows a task as waiting until it runs again."""
+        recent = time.monotonic() - self.changed < _WAKING
+        return recent and self.limit is not None and self.memory.usage() <= self.limit - self.limit // 16
 
     def ears(self) -> list[Ear]:
         return [ear for ear in (self.out, self.usage) if ear is not None]
