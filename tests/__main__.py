@@ -2,8 +2,9 @@
 
 Most of a lane is waiting, and much of it for one process at a time, so a second CPU stands idle. A lane is a pytest of
 its own, as if it were alone, and as many run as there are CPUs; that they do not disturb one another is what each of
-them promises anyway. Guests keep all CPUs busy by themselves: their lane goes first, with no other beside it. What the first running one says is shown as it comes, what the others say when it is their turn.
-What failed is said again at the end. Exits with 0 if every lane did.
+them promises anyway. Guests keep all CPUs busy by themselves: their lane
+goes first, with no other beside it. What the first running one says is shown as it comes, what the others say when it
+is their turn. What failed is said again at the end. Exits with 0 if every lane did.
 """
 
 import os
