@@ -105,6 +105,8 @@ def _memory(record: Record, points: Sequence[Point], zone: tzinfo) -> list[Secti
         "The highest reading of each stretch of time. Anonymous, shared and kernel memory are what the job needs; page "
         "cache is given back when somebody wants the room."
     )
+    if limit is not None and limit > _FAR * max(levels.sums()):
+        caption += f" The limit, {size(limit)}, lies far above what is drawn."
     figures = [figure(drawn, caption, data)]
     need = series.memory(read, length, cached=False)
     if need.values and 0 < max(need.sums()) < _HIDDEN * max(levels.sums()):

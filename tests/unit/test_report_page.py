@@ -167,6 +167,13 @@ def test_a_job_without_a_memory_limit_has_its_plots() -> None:
     assert not [text for text in shown.of("text") if text.startswith("limit")]
 
 
+def test_a_limit_that_no_plot_reaches_is_told_in_words() -> None:
+    near, far = record(shortages=()), record(limits=Limits(memory=1000 * GIB), shortages=())
+    said = "lies far above what is drawn"
+    assert said not in job_page(subject(record=near, points=points(near), bill=None))
+    assert f"The limit, 1000 GiB, {said}" in job_page(subject(record=far, points=points(far), bill=None))
+
+
 def memory_of(of: Record, drawn: list[Point]) -> str:
     text = job_page(subject(record=of, points=drawn))
     return text[text.index('id="memory"') : text.index('id="cpu"')]
