@@ -196,8 +196,12 @@ def test_a_ledger_that_is_begun_anew_is_sent_whole(exported: Served, sleeper: Sl
     assert names() == ["before", "after"]
     with Ledger(exported.node.directory / "state" / FILE) as ledger:
         wanted = [(event.number, event.time) for event in ledger.events()]
-    sent = until(lambda: [(f.number, f.time) for f in spooled(exported, EVENTS) if isinstance(f, EventFrame)])
-    assert sent[-len(wanted) :] == wanted, "numbered anew, and all there"
+
+    def sent() -> list[tuple[int, float]]:
+        return [(f.number, f.time) for f in spooled(exported, EVENTS) if isinstance(f, EventFrame)]
+
+    # Numbered anew, and all there.
+    until(lambda: sent()[-len(wanted) :] == wanted)
     assert {f.owner for f in spooled(exported, EVENTS) if isinstance(f, EventFrame) and f.job} == {"root"}
 
 
