@@ -94,7 +94,7 @@ def _encoder(kind: str, site: str | None, benchmark: str | None) -> Callable[[Se
 
 
 def _queued(batch: Batch) -> tuple[str, str]:
-    """As the queue dirq (https://pypi.org/project/dirq/) has it: a folder of 8 hexadecimal digits, a file of 14."""
+    """As the directory queue `dirq` has it: a folder of 8 hexadecimal digits, a file of 14."""
     return f"{max(0, int(batch.ended)) >> 16 << 16 & 0xFFFFFFFF:08x}", batch.digest[:14]
 
 
